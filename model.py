@@ -1,0 +1,687 @@
+"""The student: a pruned 2D diffusion backbone with 1D temporal convolutions (paper Sec. 3.2, Fig. 2; AdcSR).
+
+One frame of 128x128 on its way through the full-size network (c x h x w), time only where marked:
+
+    lr 3x128x128 -> unshuffle 12x64x64 -> UNet, with temporal blocks -> 256x64x64      pruned SD2.1 UNet
+                 -> decoder mid block -> features f_S 256x64x64                         half VAE decoder
+                 -> decoder tail (up blocks) -> sr 3x512x512
+
+There is no noise, no time step, no text and no cross-attention: one pass, the output is the picture.
+Every spatial layer sees frames one by one, "(b t) c h w"; only `TemporalConv` looks at neighbours in time.
+That makes a video of any length one stream of chunks: see `Memory`, the only place that knows about chunks.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from runtime import UserError
+
+SCALE = 4  # output size over input size
+UNSHUFFLE = 2  # pixel-unshuffle factor: the UNet works at half the LR size          AdcSR Sec. 3.2
+KEEP = 0.75  # share of SD2.1's UNet channels that is kept                          AdcSR Sec. 3.2
+KEEP_DECODER = 0.5  # the same for SD2.1's VAE decoder: the "half decoder"          AdcSR Sec. 3.2
+GROUPS = (32, 24, 16, 12, 8, 6, 4, 2, 1)  # GroupNorm: the first that divides the kept channels    AdcSR
+
+PRESETS = {
+    # SD2.1's own widths; the network keeps 75 % of them.
+    "full": dict(
+        unet_channels=[320, 640, 1280, 1280],
+        heads=[5, 10, 20, 20],  # never pruned, so a head is 48 wide where SD2.1's is 64
+        attention=[True, True, True, False],
+        decoder_channels=[64, 128, 256, 256],
+        decoder_attention=True,
+        norm_groups=32,
+        temporal="layer",
+        pixel_skip=False,
+    ),
+    # The same topology for two CPU cores. No attention on the fine grids: it grows with the square of the frame.
+    "tiny": dict(
+        unet_channels=[64, 128, 128, 128],
+        heads=[1, 2, 2, 2],
+        attention=[False, False, True, False],
+        decoder_channels=[8, 16, 48, 96],
+        decoder_attention=False,
+        norm_groups=8,
+        temporal="layer",
+        pixel_skip=True,  # Choice: tiny starts from nothing, and without the skip stays far below bicubic.
+    ),
+}
+
+
+class WeightsError(UserError):
+    """A checkpoint that does not fit; the message is one line for the user."""
+
+
+def kept(channels: int) -> int:
+    """Channels left of `channels` after pruning: the first 75 %, whatever their values (AdcSR's rule)."""
+    return int(KEEP * channels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Time: what a stream remembers, the temporal convolution, the temporal residual block
+
+
+class Memory:
+    """What a stream of chunks remembers between two chunks. Never changed in place: every chunk makes a new one.
+
+    A convolution over time gives frame i once it has frame i+1, so it holds one frame back, and whatever
+    ran ahead of it, a residual or a UNet skip, waits in a queue. Nothing is computed twice:
+
+        chunks in          0 1 2 3 | 4 5 6 7 | end
+        after one conv     0 1 2   | 3 4 5 6 | 7
+        after two          0 1     | 2 3 4 5 | 6 7     + residual, which waits: 0 1 | 2 3 4 5 | 6 7
+
+    Zeros stand beyond the clip's own two ends, at each convolution's own input. A whole clip is the stream of
+    one chunk that is the first and the last: nothing is held, nothing waits.
+
+    batch: clips b; past: what the chunk before held; closing: which convolutions, counted in their order in the
+    network, learn in this chunk that their input has ended.
+    """
+
+    WHOLE_CLIP = range(sys.maxsize)
+
+    def __init__(self, batch: int, past: dict | None = None, closing: range = WHOLE_CLIP):
+        self.batch, self.past, self.closing = batch, past or {}, closing
+        self.held: dict = {}  # becomes the next chunk's past
+        self.convs = 0  # temporal convolutions met so far in this chunk
+
+    def with_neighbours(self, conv: nn.Module, x: Tensor) -> Tensor:
+        """x (b t c h w) -> (b t' c h w): the two frames before it in front, a zero frame at each end of the clip."""
+        edge = torch.zeros_like(x[:, :1]) if x.shape[1] else x.new_zeros(x.shape[0], 1, *x.shape[2:])
+        ends = self.convs in self.closing
+        self.convs += 1
+        x = torch.cat([self.past.get(conv, edge), x, edge] if ends else [self.past.get(conv, edge), x], dim=1)
+        if not ends:
+            self.held[conv] = x[:, -2:]
+        return x
+
+    def wait(self, key, early: Tensor, t: int) -> Tensor:
+        """The next t frames of a branch that ran ahead; early and result (b*t c h w)."""
+        if key in self.past:
+            early = torch.cat([self.past[key], rearrange(early, "(b t) c h w -> b t c h w", b=self.batch)], dim=1)
+        elif early.shape[0] == self.batch * t:
+            return early
+        else:
+            early = rearrange(early, "(b t) c h w -> b t c h w", b=self.batch)
+        if early.shape[1] > t:
+            self.held[key] = early[:, t:]
+        return rearrange(early[:, :t], "b t c h w -> (b t) c h w")
+
+    def nbytes(self) -> int:
+        """Bytes that the queues hold between two chunks."""
+        return sum(x.numel() * x.element_size() for x in self.held.values())
+
+
+class TemporalConv(nn.Conv1d):
+    """1D convolution along time, kernel 3, at every pixel: x (b*t c h w) -> (b*t' c h w). Paper: Sec. 3.2.
+
+    t' = t for a whole clip; in a stream it lags by one frame (`Memory`).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, kernel_size=3)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        h, w = x.shape[-2:]
+        x = memory.with_neighbours(self, rearrange(x, "(b t) c h w -> b t c h w", b=memory.batch))
+        if x.shape[1] < self.kernel_size[0]:
+            return rearrange(x[:, :0], "b t c h w -> (b t) c h w")  # no frame has both neighbours yet
+        # As a 2D convolution over a (t, h w) picture: the same numbers, no transposed copy of the clip.
+        x = F.conv2d(rearrange(x, "b t c h w -> b c t (h w)"), self.weight[..., None], self.bias)
+        return rearrange(x, "b c t (h w) -> (b t) c h w", h=h, w=w)
+
+
+class TemporalBlock(nn.Module):
+    """Temporal residual block: x + conv(ReLU(conv(x))) along time; x (b*t c h w). Paper: Sec. 3.2.
+
+    Starts as the identity, so that the augmented network starts as the 2D one.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.conv2 = TemporalConv(channels), TemporalConv(channels)
+        # Choice: only the last convolution starts at zero. Zeroing both kills every gradient but its bias's.
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        y = self.conv2(F.relu(self.conv1(x, memory)), memory)
+        return memory.wait(self, x, y.shape[0] // memory.batch) + y
+
+
+class NoTemporalBlock(nn.Module):
+    """Stands where the chosen placement has no temporal block."""
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Space: the layers of SD2.1, frame by frame, under diffusers' parameter names
+
+
+def group_norm(channels: int, config: dict, eps: float) -> nn.GroupNorm:
+    """GroupNorm whose groups follow from the width: 24 for 240 and 720 channels, 32 for 480, 960, 1440, 1920."""
+    return nn.GroupNorm(next(g for g in GROUPS if g <= config["norm_groups"] and channels % g == 0), channels, eps)
+
+
+class ResnetBlock(nn.Module):
+    """(GroupNorm, SiLU, conv 3x3) twice, plus the input; x (n c h w)."""
+
+    def __init__(self, c_in: int, c_out: int, config: dict, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = group_norm(c_in, config, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out, config, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return self.conv_shortcut(x) + y
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the positions of one frame; x (n l c)."""
+
+    def __init__(self, channels: int, heads: int, qkv_bias: bool):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=qkv_bias)
+        self.to_k = nn.Linear(channels, channels, bias=qkv_bias)
+        self.to_v = nn.Linear(channels, channels, bias=qkv_bias)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (rearrange(f(x), "n l (m d) -> n m l d", m=self.heads) for f in (self.to_q, self.to_k, self.to_v))
+        # Softmax scale d^-0.5 of the pruned head (48 at full size): what AdcSR's released weights were trained with.
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(rearrange(x, "n m l d -> n l (m d)"))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and feed-forward; SD2.1's cross-attention (attn2, norm2) is removed. x (n l c)."""
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = SelfAttention(channels, heads, qkv_bias=False)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        return x + self.ff(self.norm3(x))
+
+
+class TransformerBlock(nn.Module):
+    """GroupNorm, linear in, one transformer layer, linear out, plus the input; x (n c h w)."""
+
+    def __init__(self, channels: int, heads: int, config: dict):
+        super().__init__()
+        self.norm = group_norm(channels, config, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerLayer(channels, heads)])
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        y = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
+        y = self.proj_out(self.transformer_blocks[0](y))
+        return x + rearrange(y, "n (h w) c -> n c h w", h=h, w=w)
+
+
+class DecoderAttention(SelfAttention):
+    """The VAE decoder's one-head attention with its own norm, plus the input; x (n c h w)."""
+
+    def __init__(self, channels: int, config: dict):
+        super().__init__(channels, heads=1, qkv_bias=True)
+        self.group_norm = group_norm(channels, config, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        y = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"))
+        return x + rearrange(y, "n (h w) c -> n c h w", h=h, w=w)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The pruned UNet: four down blocks, a mid block, four up blocks, temporal blocks in between
+
+
+class UNetBlock(nn.Module):
+    """What down, mid and up blocks share: resnets, transformers after them, and a temporal block after each.
+
+    `temporal`: "layer" after every resnet and every transformer block, "block" once at the end, "none".
+    """
+
+    def __init__(self, widths: list[tuple[int, int]], attentions: int, heads: int, config: dict):
+        super().__init__()
+        c_out, temporal = widths[-1][1], config["temporal"]
+
+        def temporal_block(placement: str) -> nn.Module:
+            return TemporalBlock(c_out) if temporal == placement else NoTemporalBlock()
+
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in widths)
+        self.attentions = nn.ModuleList(TransformerBlock(c_out, heads, config) for _ in range(attentions))
+        self.temporal_resnets = nn.ModuleList(temporal_block("layer") for _ in self.resnets)
+        self.temporal_attentions = nn.ModuleList(temporal_block("layer") for _ in self.attentions)
+        self.temporal_end = temporal_block("block")
+
+    def layer(self, i: int, x: Tensor, memory: Memory) -> Tensor:
+        """Resnet i and, where there is one, transformer i, each followed by its temporal block."""
+        x = self.temporal_resnets[i](self.resnets[i](x), memory)
+        if i < len(self.attentions):
+            x = self.temporal_attentions[i](self.attentions[i](x), memory)
+        return x
+
+
+class DownBlock(UNetBlock):
+    def __init__(self, c_in, c_out, layers, attention, heads, downsample, config):
+        super().__init__([(c_in, c_out)] + [(c_out, c_out)] * (layers - 1), layers * attention, heads, config)
+        self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
+
+    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+        skips = []
+        for i in range(len(self.resnets)):
+            x = self.layer(i, x, memory)
+            skips.append(x)
+        for down in self.downsamplers:
+            x = down(x)
+            skips.append(x)
+        return self.temporal_end(x, memory), skips  # "block": the skips bypass the temporal block
+
+
+class MidBlock(UNetBlock):
+    def __init__(self, channels, heads, config):
+        super().__init__([(channels, channels)] * 2, 1, heads, config)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return self.temporal_end(self.layer(1, self.layer(0, x, memory), memory), memory)
+
+
+class UpBlock(UNetBlock):
+    def __init__(self, c_in, c_skips, c_out, attention, heads, upsample, config):
+        widths = [(a + skip, c_out) for a, skip in zip([c_in] + [c_out] * (len(c_skips) - 1), c_skips)]
+        super().__init__(widths, len(widths) * attention, heads, config)
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+
+    def forward(self, x: Tensor, skips: list[Tensor], memory: Memory) -> Tensor:
+        """skips: one for each resnet, in the order in which the down path made them; the last is used first."""
+        for i, skip in enumerate(reversed(skips)):
+            skip = memory.wait((self, i), skip, x.shape[0] // memory.batch)
+            x = self.layer(i, torch.cat([x, skip], dim=1), memory)
+        for up in self.upsamplers:
+            x = up(x)
+        return self.temporal_end(x, memory)
+
+
+class UNet(nn.Module):
+    """SD2.1's UNet without 25 % of its channels, time embedding and cross-attention, plus temporal blocks.
+
+    forward: x (b*t 12 h/2 w/2) -> (b*t' c h/2 w/2), c = the decoder's inner width; t' as in `Memory`.
+    The UNet's end takes the place of the decoder's first convolution, so no 4-channel latent stands between.
+    """
+
+    LAYERS = 2  # resnets in a down block; an up block has one more   SD2.1
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.checkpointing = False
+        widths = [kept(c) for c in config["unet_channels"]]
+        levels = list(zip(widths, config["attention"], config["heads"]))
+        last = len(widths) - 1
+
+        self.conv_in = nn.Conv2d(3 * UNSHUFFLE**2, widths[0], 3, padding=1)
+        self.down_blocks, c, c_skips = nn.ModuleList(), widths[0], [widths[0]]
+        for i, (width, attention, heads) in enumerate(levels):
+            self.down_blocks.append(DownBlock(c, width, self.LAYERS, attention, heads, i < last, config))
+            c_skips += [width] * (self.LAYERS + (i < last))
+            c = width
+        self.mid_block = MidBlock(c, config["heads"][-1], config)
+        self.up_blocks = nn.ModuleList()
+        for i, (width, attention, heads) in enumerate(reversed(levels)):
+            skips = [c_skips.pop() for _ in range(self.LAYERS + 1)]
+            self.up_blocks.append(UpBlock(c, skips, width, attention, heads, i < last, config))
+            c = width
+        self.conv_norm_out = group_norm(c, config, eps=1e-5)
+        self.conv_out = nn.Conv2d(c, config["decoder_channels"][-1], 3, padding=1)
+
+    def forward(self, x: Tensor, memory: Memory, conv_in: nn.Module | None = None) -> Tensor:
+        """conv_in: another first layer for another kind of input (the feature discriminator brings its own)."""
+        x = (conv_in or self.conv_in)(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new_skips = maybe_checkpoint(self.checkpointing, block, x, memory)
+            skips += new_skips
+        x = maybe_checkpoint(self.checkpointing, self.mid_block, x, memory)
+        for block in self.up_blocks:
+            skips, own = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            x = maybe_checkpoint(self.checkpointing, block, x, own, memory)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The half VAE decoder: mid block (its output is the feature f_S) and tail, strictly frame by frame
+
+
+class DecoderMidBlock(nn.Module):
+    """x (n c h/2 w/2) -> features of the same shape."""
+
+    def __init__(self, channels: int, config: dict):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(channels, channels, config, eps=1e-6) for _ in range(2))
+        attention = DecoderAttention(channels, config) if config["decoder_attention"] else nn.Identity()
+        self.attentions = nn.ModuleList([attention])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class DecoderUpBlock(nn.Module):
+    LAYERS = 3  # SD2.1
+
+    def __init__(self, c_in: int, c_out: int, upsample: bool, config: dict):
+        super().__init__()
+        widths = [c_in] + [c_out] * self.LAYERS
+        self.resnets = nn.ModuleList(ResnetBlock(a, b, config, eps=1e-6) for a, b in zip(widths, widths[1:]))
+        self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in [*self.resnets, *self.upsamplers]:
+            x = layer(x)
+        return x
+
+
+class HalfDecoder(nn.Module):
+    """SD2.1's VAE decoder at half width, from its mid block on (conv_in is what the UNet's end replaces)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        widths = config["decoder_channels"][::-1]
+        self.mid_block = DecoderMidBlock(widths[0], config)
+        self.up_blocks = nn.ModuleList(
+            DecoderUpBlock(c_in, c_out, i < len(widths) - 1, config)
+            for i, (c_in, c_out) in enumerate(zip([widths[0]] + widths, widths))
+        )
+        self.conv_norm_out = group_norm(widths[-1], config, eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """features (n c h/2 w/2) -> (n 3 4h 4w)."""
+        for block in self.up_blocks:
+            features = block(features)
+        return self.conv_out(F.silu(self.conv_norm_out(features)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The whole student
+
+
+class AdcVSR(nn.Module, PyTorchModelHubMixin):
+    """The AdcVSR student: lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]. Paper: Sec. 3.2.
+
+    Any h, w, t >= 1. Frames are padded inside to a multiple of 16 and the result is cropped to exactly 4x.
+    Arguments are plain JSON values (`PRESETS`); `from_pretrained` and `save_pretrained` come from the Hub mixin
+    (`config.json` and `model.safetensors` in a folder, or a hub id).
+
+    unet_channels, heads, attention: per level, SD2.1's widths before pruning; decoder_channels: the half decoder's,
+    fine to coarse; temporal: "layer" (38 temporal blocks, the 0.57 B of the paper's Table 1), "block" (9), "none"
+    (AdcSR); pixel_skip: add the bicubic x4 of the input to the output.
+    """
+
+    MULTIPLE = 16  # 2 from the unshuffle, 8 from three downsamplings
+    TAIL_FRAMES = 4  # frames that go through the decoder's tail together: the 4x frames never pile up
+
+    def __init__(
+        self,
+        unet_channels: list[int],
+        heads: list[int],
+        attention: list[bool],
+        decoder_channels: list[int],
+        decoder_attention: bool = True,
+        norm_groups: int = 32,
+        temporal: str = "layer",
+        pixel_skip: bool = False,
+    ):
+        super().__init__()
+        # Choice: the paper's "after each UNet block" reads both ways; "layer" is the one that gives its 0.57 B.
+        if temporal not in ("layer", "block", "none"):
+            raise ValueError(f'temporal={temporal!r}: give "layer", "block" or "none"')
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.pixel_skip = pixel_skip
+        self.unet = UNet(config)
+        self.decoder = HalfDecoder(config)
+        if pixel_skip:  # Choice: the untrained network is the bicubic x4.
+            nn.init.zeros_(self.decoder.conv_out.weight)
+            nn.init.zeros_(self.decoder.conv_out.bias)
+
+    def forward(self, lr: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """A whole clip: lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w), features f_S (b t c h/2 w/2), padded size."""
+        b, _, _, h, w = lr.shape
+        features, skip = self.encode(lr, Memory(batch=b))
+        sr = torch.cat(list(self.decode(features, skip)))
+        sr = rearrange(sr, "(b t) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
+        return (sr, rearrange(features, "(b t) c h w -> b t c h w", b=b)) if return_features else sr
+
+    @torch.no_grad()
+    def stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """A clip of any length, chunk by chunk: lr chunks (b t_i 3 h w) -> sr (b t_j 3 4h 4w), in order.
+
+        Equal to `forward` of the whole clip, whatever the chunks; memory does not depend on the clip's length.
+        The first result comes once `lag + 1` frames are in; at the end the frames still inside flow out.
+        """
+        memory, chunk = None, None
+        for chunk in chunks:
+            past = memory.held if memory else None
+            memory = Memory(chunk.shape[0], past, closing=range(0))
+            yield from self.step(chunk, memory)
+        if chunk is None:
+            return
+        # The clip has ended. Convolutions learn it in their order, as many at a time as a chunk has frames, so
+        # that what flows out comes in pieces no larger than a chunk.
+        size = max(1, chunk.shape[1])
+        for start in range(0, self.lag, size):
+            memory = Memory(chunk.shape[0], memory.held, closing=range(start, start + size))
+            yield from self.step(chunk[:, :0], memory)
+
+    def step(self, chunk: Tensor, memory: Memory) -> Iterator[Tensor]:
+        """One chunk of a stream (b t 3 h w) -> what becomes ready, (b t_j 3 4h 4w) a few frames at a time."""
+        b, _, _, h, w = chunk.shape
+        features, skip = self.encode(chunk, memory)
+        # With several clips, group whole frames of all of them.
+        features = rearrange(features, "(b t) c h w -> t b c h w", b=b)
+        skip = rearrange(skip, "(b t) c h w -> t b c h w", b=b)
+        for f, s in zip(features.split(self.TAIL_FRAMES), skip.split(self.TAIL_FRAMES)):
+            if len(f):
+                sr = torch.cat(list(self.decode(f.flatten(0, 1), s.flatten(0, 1))))
+                yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
+
+    @property
+    def lag(self) -> int:
+        """Frames that a stream holds back: one for each temporal convolution on the path."""
+        return sum(isinstance(m, TemporalConv) for m in self.unet.modules())
+
+    def encode(self, lr: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """lr (b t 3 h w) -> features (b*t' c h/2 w/2) and the padded frames (b*t' 3 h w) that they belong to."""
+        x = pad_to_multiple(rearrange(lr, "b t c h w -> (b t) c h w"), self.MULTIPLE)
+        y = rearrange(x.to(self.unet.conv_in.weight.dtype), "n c (h p) (w q) -> n (c p q) h w", p=UNSHUFFLE, q=UNSHUFFLE)
+        y = self.unet(y, memory).contiguous()  # in the decoder its own weights choose the memory format
+        features = maybe_checkpoint(self.unet.checkpointing, self.decoder.mid_block, y)
+        return features, memory.wait("lr", x, y.shape[0] // memory.batch)
+
+    def decode(self, features: Tensor, lr: Tensor) -> Iterator[Tensor]:
+        """features (n c h/2 w/2), lr (n 3 h w) -> sr (n 3 4h 4w), `TAIL_FRAMES` frames at a time."""
+        for f, x in zip(features.split(self.TAIL_FRAMES), lr.split(self.TAIL_FRAMES)):
+            sr = maybe_checkpoint(self.unet.checkpointing, self.decoder.tail, f).to(x.dtype)
+            if self.pixel_skip:
+                sr = sr + F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")
+            yield sr
+
+    # -----------------------------------------------------------------------------------------------------------
+    # Weights from elsewhere
+
+    @classmethod
+    def from_adcsr(cls, net_params: str | Path, half_decoder: str | Path, trust_pickle: bool = False, **overrides):
+        """The student from AdcSR's official pair `net_params_200.pkl` (UNet, mid block), `halfDecoder.ckpt` (tail).
+
+        Both are checked key by key. Temporal blocks, if any, start as the identity. Raises `WeightsError`.
+        """
+        net = cls(**{**PRESETS["full"], **overrides})
+        own = {k: v for k, v in net.state_dict().items() if ".temporal_" not in k}
+        official = {"unet.": "body.1.", "decoder.mid_block.": "body.2."}
+        expected = {
+            new + k.removeprefix(old): (k, v.shape) for old, new in official.items() for k, v in own.items() if k.startswith(old)
+        }
+        state = {k.removeprefix("module."): v for k, v in read_pickle(net_params, trust_pickle).items()}
+        state = {k: v for k, v in state.items() if not k.startswith("body.1.body.")}  # aliases of the same tensors
+        weights = checked(net_params, state, expected)
+
+        decoder = read_pickle(half_decoder, trust_pickle)
+        decoder = decoder.get("state_dict", decoder)
+        decoder = {k.removeprefix("decoder."): v for k, v in decoder.items() if k.startswith("decoder.")}
+        expected = {k.removeprefix("decoder."): (k, v.shape) for k, v in own.items() if k.startswith("decoder.")}
+        width = net.unet.conv_out.out_channels
+        expected |= {"conv_in.weight": ("", (width, 4, 3, 3)), "conv_in.bias": ("", (width,))}  # read, not used
+        tail = checked(half_decoder, decoder, expected)
+        # The mid block comes from net_params, which trained it; halfDecoder.ckpt has the frozen original.
+        weights = {k: v for k, v in tail.items() if k} | weights
+        net.load_state_dict({**net.state_dict(), **weights})
+        return net
+
+    @classmethod
+    def from_sd(cls, unet: nn.Module, vae: nn.Module, **overrides):
+        """The pruned start from SD2.1: the first channels of everything, by AdcSR's rule, no importance score.
+
+        unet, vae: diffusers' `UNet2DConditionModel` and `AutoencoderKL`; left unchanged. Raises `WeightsError`.
+        """
+        net = cls(**{**PRESETS["full"], **overrides})
+        source = {f"unet.{k}": v for k, v in unet.state_dict().items()}
+        source |= {k: v for k, v in vae.state_dict().items() if k.startswith("decoder.")}
+        # conv_in sees 16 = 4 x 4 channels (12 are kept), conv_out makes 342 rows (256 are kept) out of SD2.1's 4.
+        for key, axis in {"unet.conv_in.weight": 1, "unet.conv_out.weight": 0, "unet.conv_out.bias": 0}.items():
+            if key in source:
+                n = net.get_parameter(key).shape[axis]
+                source[key] = torch.cat([source[key]] * -(-n // source[key].shape[axis]), dim=axis)
+        for key, own in net.state_dict().items():
+            if ".temporal_" in key or (net.pixel_skip and key.startswith("decoder.conv_out")):
+                continue
+            if key not in source or any(n < m for n, m in zip(source[key].shape, own.shape)):
+                raise WeightsError(f"SD2.1: {key} is missing or too small. Give Stable Diffusion 2.1's unet and vae.")
+            own.copy_(source[key][tuple(slice(n) for n in own.shape)])
+        return net
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **kwargs):
+        """The Hub mixin's loader, strict, with every failure in one line (`WeightsError`)."""
+        from safetensors import SafetensorError
+
+        try:
+            config = Path(model_id) / "config.json"
+            if Path(model_id).is_dir() and not config.is_file():
+                raise FileNotFoundError(config)
+            return super()._from_pretrained(model_id=model_id, **{**kwargs, "strict": True})
+        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise WeightsError(f"{model_id}: cannot load AdcVSR weights ({reason}). Give a folder or a hub id.") from error
+
+
+def maybe_checkpoint(on: bool, function, *args):
+    """function(*args); with `on`, its inner activations are recomputed in the backward pass instead of kept."""
+    if on and torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """x (n c h w) padded at the right and bottom by reflection, by replication where x is too small for that."""
+    h, w = x.shape[-2:]
+    for size, pad in ((w, lambda n: (0, n)), (h, lambda n: (0, 0, 0, n))):
+        n = -size % multiple
+        if n:
+            x = F.pad(x, pad(n) if len(pad(n)) == 4 else (*pad(n), 0, 0), mode="reflect" if n < size else "replicate")
+    return x
+
+
+def read_pickle(path: str | Path, trust: bool) -> dict:
+    """A PyTorch pickle; without `trust` nothing in it is executed. Raises `WeightsError`."""
+    import pickle
+
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file. AdcSR's weights are linked in its repository's README.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=not trust)
+    except pickle.UnpicklingError as error:
+        if trust:
+            raise WeightsError(f"{path}: not a PyTorch checkpoint. Is the download complete?") from error
+        raise WeightsError(
+            f"{path}: holds Python objects beside tensors. If you trust its source, add --trust-pickle."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise WeightsError(f"{path}: not a PyTorch checkpoint. Is the download complete?") from error
+    if not isinstance(state, dict):
+        raise WeightsError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights.")
+    return state
+
+
+def checked(path: str | Path, state: dict, expected: dict) -> dict[str, Tensor]:
+    """state under our names, if its keys and shapes are exactly the expected {their key: (our key, shape)}."""
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    wrong = [
+        f"{k} is {tuple(state[k].shape)}, expected {tuple(shape)}"
+        for k, (_, shape) in expected.items()
+        if k in state and tuple(state[k].shape) != tuple(shape)
+    ]
+    faults = [f"{len(x)} {what} ({', '.join(x[:3])}{', ...' if len(x) > 3 else ''})"
+              for x, what in ((missing, "keys missing"), (extra, "unknown keys"), (wrong, "wrong shapes")) if x]
+    if faults:
+        raise WeightsError(f"{path}: {'; '.join(faults)}. Is this AdcSR's official file?")
+    return {ours: state[k] for k, (ours, _) in expected.items()}

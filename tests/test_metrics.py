@@ -1,0 +1,559 @@
+"""Metrics against closed forms and the packages' numbers; the command line as a user meets it."""
+
+import csv
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import metrics
+from metrics import (
+    DISTS,
+    PYIQA_EPS,
+    Dover,
+    RaftFlow,
+    dis_flow,
+    in_frame,
+    pair_clips,
+    psnr,
+    row_over_time,
+    score_clip,
+    ssim,
+    unoccluded,
+    warp,
+    warping_errors,
+    windows,
+)
+
+ROOT = Path(metrics.__file__).parent
+
+
+def texture(h: int, w: int, seed: int = 0) -> torch.Tensor:
+    """A smooth random picture (3 h w) in [0.1, 0.9], float64."""
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, h // 4 + 2, w // 4 + 2, generator=rng, dtype=torch.float64)
+    return 0.1 + 0.8 * F.interpolate(coarse, size=(h, w), mode="bicubic").clamp(0, 1)[0]
+
+
+def translation(t: int = 4, h: int = 64, w: int = 96, dx: int = 4, dy: int = 2):
+    """A clip (t 3 h w) whose scene moves by (dx, dy) a frame, and its exact flows forward and backward."""
+    world = texture(h + t * dy, w + t * dx)
+    clip = torch.stack([world[:, (t - i) * dy :, (t - i) * dx :][:, :h, :w] for i in range(t)])
+    forward = torch.tensor([dx, dy], dtype=torch.float64).view(1, 2, 1, 1).expand(t - 1, 2, h, w)
+    return clip, (forward, -forward)
+
+
+def still(*shape: int):
+    return torch.zeros(shape[0] - 1, 2, *shape[2:], dtype=torch.float64), torch.zeros(
+        shape[0] - 1, 2, *shape[2:]
+    )
+
+
+# ---- PSNR and SSIM
+
+
+@pytest.mark.parametrize(("d", "expected"), [(1, 48.1308), (5, 34.1514), (10, 28.1308), (51, 13.9794)])
+def test_psnr_of_a_constant_difference_is_its_closed_form(d, expected):
+    gt = torch.full((2, 3, 8, 8), 100, dtype=torch.uint8)
+    assert psnr(gt + d, gt).tolist() == pytest.approx([expected] * 2, abs=1e-4)
+    assert psnr((gt + d) / 255, gt / 255).tolist() == pytest.approx([expected] * 2, abs=1e-4)
+
+
+def test_psnr_of_equal_frames_is_infinite_and_80_in_pyiqas_form():
+    gt = torch.rand(3, 8, 8)
+    assert psnr(gt, gt) == math.inf
+    assert psnr(gt, gt, eps=PYIQA_EPS).item() == pytest.approx(80)
+
+
+@pytest.mark.parametrize(
+    ("color", "db", "similarity"),
+    [("rgb", 26.2766, 0.985338), ("yiq", 29.7854, 0.985550), ("ycbcr", 31.1073, 0.985686)],
+)
+def test_psnr_and_ssim_equal_pyiqas_numbers_in_each_colour(color, db, similarity):
+    # pyiqa 0.1.16 on the same seeded frames
+    rng = torch.Generator().manual_seed(0)
+    gt = torch.rand(1, 3, 96, 96, generator=rng)
+    pred = (gt + 0.05 * torch.randn(1, 3, 96, 96, generator=rng)).clamp(0, 1)
+    assert psnr(pred, gt, color, eps=PYIQA_EPS).item() == pytest.approx(db, abs=1e-4)
+    assert ssim(pred, gt, color).item() == pytest.approx(similarity, abs=1e-6)
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), [(100, 110, 0.995476), (0, 255, 9.999e-5)])
+def test_ssim_of_constant_frames_is_its_closed_form(a, b, expected):
+    flat = torch.ones(3, 16, 16, dtype=torch.uint8)
+    assert ssim(flat * a, flat * b, color="rgb").item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_ssim_is_one_for_equal_frames_symmetric_and_blind_to_flips():
+    a, b = texture(40, 50, 0), texture(40, 50, 1)
+    assert ssim(a, a).item() == pytest.approx(1)
+    assert ssim(a, b).item() == pytest.approx(ssim(b, a).item())
+    assert ssim(a, b).item() == pytest.approx(ssim(a.flip(-1), b.flip(-1)).item())
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, DISTS(((1, 4), (1, 4)))])
+def test_a_batch_of_clips_scores_each_frame_as_if_alone(metric):
+    a, b = (
+        torch.stack([texture(32, 32, s + k) for k in range(6)]).view(2, 3, 3, 32, 32).float() for s in (0, 10)
+    )
+    scores = metric(a, b)
+    assert scores.shape == (2, 3)
+    alone = torch.stack([metric(a[i, j], b[i, j]) for i in range(2) for j in range(3)]).view(2, 3)
+    assert torch.allclose(scores, alone, atol=1e-6)
+
+
+def test_crop_leaves_out_the_border_alone():
+    gt = torch.full((3, 32, 32), 100, dtype=torch.uint8)
+    pred = gt.clone()
+    pred[:, :4] = 0
+    assert psnr(pred, gt) < 30 and psnr(pred, gt, crop=4) == math.inf
+    assert ssim(pred, gt) < 0.99 and ssim(pred, gt, crop=4) == pytest.approx(1)
+
+
+def test_frames_in_the_networks_range_are_refused_not_scored():
+    with pytest.raises(ValueError, match=r"values from -1 to 1; give uint8, or float in \[0, 1\]"):
+        psnr(torch.linspace(-1, 1, 192).view(3, 8, 8), torch.zeros(3, 8, 8))
+
+
+# ---- DISTS
+
+
+def test_dists_equals_torchmetrics_with_the_same_weights(monkeypatch):
+    reference = pytest.importorskip("torchmetrics.functional.image.dists")
+    models = pytest.importorskip("torchvision.models.vgg")
+    vgg = torch.nn.ModuleDict({"features": models.make_layers(models.cfgs["D"])})
+    monkeypatch.setattr(reference, "vgg16", lambda weights: vgg)
+    theirs, ours = reference.DISTSNetwork(), DISTS()
+    ours.load_vgg(vgg.state_dict(), theirs.alpha, theirs.beta)
+    for h, w in ((64, 64), (47, 53)):
+        gt = torch.stack([texture(h, w), texture(h, w, 1)]).float()
+        pred = (gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+        assert torch.allclose(ours(pred, gt), theirs(pred, gt), atol=1e-6)
+        grads = []
+        for network, kwargs in ((ours, {}), (theirs, {"require_grad": True})):
+            leaf = pred.clone().requires_grad_()
+            network(leaf, gt, **kwargs).sum().backward()
+            grads.append(leaf.grad)
+        assert torch.allclose(*grads, atol=1e-3 * grads[1].abs().max().item())
+
+
+def test_seeded_dists_is_reproducible_frozen_and_grows_with_noise():
+    stages = tuple((depth, width // 8) for depth, width in metrics.VGG16)
+    dists, noise = DISTS(stages), torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    gt = texture(64, 64).float()
+    scores = [dists((gt + sigma * noise).clamp(0, 1), gt).item() for sigma in (0, 0.02, 0.1, 0.3)]
+    assert scores[0] == pytest.approx(0, abs=1e-6) and scores == sorted(scores)
+    assert DISTS(stages)((gt + noise).clamp(0, 1), gt) == dists((gt + noise).clamp(0, 1), gt)
+    assert not any(p.requires_grad for p in dists.parameters())
+
+
+# ---- E*_warp
+
+
+@pytest.mark.parametrize("convention", ["corrected", "evalcrafter"])
+def test_warping_error_of_a_still_clip_is_zero(convention):
+    clip = texture(48, 64).expand(3, 3, 48, 64)
+    for flow in (still(*clip.shape), dis_flow):
+        assert warping_errors(clip, flow, convention).max() < 1e-20
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_an_exact_translation_costs_nothing_unless_pixels_beyond_the_frame_count(half):
+    clip, flow = translation()
+    assert warping_errors(clip, flow, "corrected", half).max() < 1e-20
+    assert warping_errors(clip, flow, "evalcrafter", half).min() > 0.01
+
+
+@pytest.mark.parametrize("convention", ["corrected", "evalcrafter"])
+@pytest.mark.parametrize("half", [True, False])
+def test_flicker_of_a_tenth_costs_30(convention, half):
+    clip = texture(48, 64).expand(4, 3, 48, 64) * 0.9 + 0.1 * (torch.arange(4) % 2).view(4, 1, 1, 1)
+    assert warping_errors(clip, still(*clip.shape), convention, half).tolist() == pytest.approx([30.0] * 3)
+
+
+@pytest.mark.parametrize("convention", ["corrected", "evalcrafter"])
+@pytest.mark.parametrize(("half", "expected"), [(False, 15.0), (True, 3.75)])
+def test_noise_of_a_twentieth_costs_15_and_a_quarter_of_it_at_half_resolution(convention, half, expected):
+    rng = torch.Generator().manual_seed(0)
+    clip = 0.5 + 0.05 * torch.randn(3, 3, 256, 256, generator=rng, dtype=torch.float64)
+    assert warping_errors(clip, still(*clip.shape), convention, half).mean().item() == pytest.approx(
+        expected, rel=0.01
+    )
+
+
+def test_warping_error_scales_with_the_square_of_contrast_and_ignores_brightness():
+    clip = torch.stack([texture(32, 32, seed) for seed in range(3)])
+    plain = warping_errors(clip, still(*clip.shape))
+    assert torch.allclose(warping_errors(0.5 * clip, still(*clip.shape)), plain / 4)
+    assert torch.allclose(warping_errors(0.5 * clip + 0.3, still(*clip.shape)), plain / 4)
+
+
+def test_blur_lowers_the_warping_error_so_it_must_not_stand_alone():
+    clip, _ = translation(h=96, w=128)
+    noisy = (clip + 0.03 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    blurred = F.avg_pool2d(F.pad(noisy, (4, 4, 4, 4), "replicate"), 9, stride=1)
+    assert warping_errors(blurred, dis_flow).mean() < 0.5 * warping_errors(noisy, dis_flow).mean()
+
+
+def test_dis_finds_a_translation():
+    clip, (forward, _) = translation(h=96, w=128)
+    found = dis_flow(clip[:-1], clip[1:])[:, :, 16:-16, 16:-16]
+    assert (found - forward[:, :, 16:-16, 16:-16]).abs().mean() < 0.2
+
+
+def test_known_visibility_replaces_the_occlusion_test():
+    clip, flow = translation(dx=0, dy=0)
+    clip = clip.clone()
+    clip[1:, :, :, :32] = 0.0  # something enters and covers the left third
+    visible = torch.ones(3, 1, 64, 96, dtype=torch.bool)
+    visible[0, :, :, :32] = False
+    assert warping_errors(clip, flow)[0] > 1
+    assert warping_errors(clip, flow, visible=visible).max() < 1e-20
+
+
+def constant(u: float, h: int = 16, w: int = 24) -> torch.Tensor:
+    return torch.tensor([u, 0.0], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, h, w)
+
+
+@pytest.mark.parametrize(
+    ("f", "b", "seen"), [(4, -4, True), (4, 4, False), (0.3, 0.3, True), (0.36, 0.36, False)]
+)
+def test_a_pixel_is_occluded_where_forth_and_back_disagree(f, b, seen):
+    assert unoccluded(constant(f), constant(b)).all().item() is seen
+    assert unoccluded(constant(f), constant(b)).any().item() is seen
+
+
+def test_a_pair_of_which_nothing_is_seen_costs_nothing():
+    clip = torch.stack([texture(32, 48, 0), texture(32, 48, 1)])
+    assert warping_errors(clip, (constant(4, 32, 48), constant(4, 32, 48)), "evalcrafter", half=False) == 0
+
+
+def test_a_step_of_the_flow_masks_the_one_column_before_it():
+    forward, backward = torch.zeros(1, 2, 16, 32), torch.zeros(1, 2, 16, 32)
+    forward[:, 0, :, 12:], backward[:, 0, :, 12:] = 5, -5
+    masked = (~unoccluded(forward, backward))[0, 0, 0, :27].nonzero().flatten()
+    assert masked.tolist() == [11]
+
+
+@pytest.mark.parametrize(("a", "radius"), [(0.03, 0.0), (0.05, math.sqrt(120))])
+def test_a_zoom_is_masked_inside_its_closed_form_radius(a, radius):
+    y, x = torch.meshgrid(torch.arange(61.0) - 30.2, torch.arange(61.0) - 30.2, indexing="ij")
+    forward = (a * torch.stack([x, y]))[None].double()
+    hidden = ~unoccluded(forward, -forward / (1 + a))[0, 0]
+    inner = (slice(4, -4), slice(4, -4))  # the last pixels land outside, where the repeated border hides them
+    assert torch.equal(hidden[inner], (x**2 + y**2 < radius**2)[inner])
+
+
+def test_pixels_that_leave_the_frame_are_counted_exactly():
+    assert in_frame(constant(4)).double().mean().item() == pytest.approx(1 - 4 / 24)
+    assert in_frame(constant(0)).all()
+
+
+def test_warp_follows_the_flow_in_pixels_with_x_first():
+    second = texture(20, 30)[None]
+    flow = torch.tensor([3.0, 1.0], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, 20, 30)
+    assert torch.allclose(warp(second, flow)[..., :-1, :-3], second[..., 1:, 3:])
+    half = warp(second, 0.5 * constant(1, 20, 30))
+    assert torch.allclose(half[..., :-1], (second[..., :-1] + second[..., 1:]) / 2)
+
+
+class Recorder(torch.nn.Module):
+    """Stands where RAFT stands and keeps what it was shown."""
+
+    def forward(self, first, second, num_flow_updates):
+        self.seen, self.updates = first, num_flow_updates
+        return [first[:, :2]]
+
+
+def test_raft_sees_the_right_range_and_the_literal_one_divided_twice():
+    frame = texture(130, 200)[None].float()
+    for literal, white in ((False, 1), (True, 255)):
+        flow = RaftFlow(Recorder(), literal)
+        assert flow(frame, frame).shape == (1, 2, 130, 200)
+        assert flow.network.updates == 20 and flow.network.seen.shape == (1, 3, 136, 200)
+        assert torch.allclose(flow.network.seen[..., :130, :], 2 * frame / white - 1)
+
+
+def test_torchvisions_raft_takes_frames_of_any_size():
+    raft_large = pytest.importorskip("torchvision.models.optical_flow").raft_large
+    small = texture(50, 70).float()[None]
+    flow = RaftFlow(raft_large(weights=None))(small, small)
+    assert flow.shape == (1, 2, 50, 70) and flow.isfinite().all()
+
+
+# ---- profile, pairing, streams
+
+
+def test_a_row_over_time_shows_motion_as_a_slanted_streak():
+    clip = torch.zeros(5, 3, 8, 8)
+    for i in range(5):
+        clip[i, :, 4, i] = 1
+    assert torch.equal(row_over_time(clip)[0, :, :5], torch.eye(5))
+    assert row_over_time(clip, 0).sum() == 0
+
+
+def test_scores_do_not_depend_on_the_batches_and_hold_one_batch_at_a_time(monkeypatch):
+    frames = [(255 * texture(32, 32, i)).byte().permute(1, 2, 0).numpy() for i in range(9)]
+    gt = np.roll(frames, 1, axis=0)
+    taken = []
+
+    def stream():
+        for i, (a, b) in enumerate(zip(frames, gt)):
+            taken.append(i)
+            yield {"prediction": a, "ground truth": b}
+
+    scored = []
+
+    def counted(pred, gt):
+        scored.extend(range(len(pred)))
+        assert len(taken) - len(scored) <= 1  # nothing is read ahead of its batch but the first frame
+        return psnr(pred, gt)
+
+    judges = {"psnr": counted, "ewarp": lambda clip: warping_errors(clip, dis_flow)}
+    rows = []
+    for batch in (9, 4, 1):
+        monkeypatch.setattr(metrics, "BATCH_PIXELS", batch * 32 * 32)
+        taken.clear(), scored.clear()
+        rows.append(score_clip(stream, judges, "cpu"))
+    assert rows[0]["frames"] == 9
+    for row in rows[1:]:
+        assert row == {**rows[0], **{k: pytest.approx(rows[0][k], rel=1e-6) for k in judges}}
+
+
+def test_the_protocol_cuts_the_truth_at_four_times_the_inputs_offsets():
+    cut = windows({"input": (180, 318), "prediction": (512, 512), "ground truth": (720, 1272)}, True, False)
+    assert (cut["input"][0].start, cut["input"][1].start) == (26, 95)
+    assert (cut["ground truth"][0].start, cut["ground truth"][1].start) == (4 * 26, 4 * 95)
+    odd = windows({"input": (135, 241), "prediction": (512, 512), "ground truth": (540, 964)}, True, False)
+    assert [s.start for s in odd["ground truth"]] == [4 * s.start for s in odd["input"]] == [12, 224]
+    real = windows({"input": (512, 1024), "prediction": (512, 512), "ground truth": (512, 1024)}, True, False)
+    assert real["input"] == real["ground truth"] == (slice(0, 512), slice(256, 768))
+
+
+def write_frames(folder: Path, clip: torch.Tensor) -> Path:
+    """A clip (t 3 h w) in [0, 1] as a folder of PNGs."""
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(clip):
+        Image.fromarray((255 * frame).round().byte().permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+    return folder
+
+
+def write_video(path: Path, clip: torch.Tensor) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264rgb", rate=24, options={"crf": "0"})
+        stream.height, stream.width, stream.pix_fmt = *clip.shape[-2:], "rgb24"
+        for frame in (255 * clip).round().byte().permute(0, 2, 3, 1).contiguous().numpy():
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        file.mux(stream.encode())
+    return path
+
+
+def test_clips_pair_by_name_across_containers_and_in_doves_layout(tmp_path):
+    clip = translation(2)[0]
+    for name in ("000", "001"):
+        write_video(tmp_path / f"pred/{name}_x4.mkv", clip)
+        write_frames(tmp_path / f"UDM10/GT/{name}", clip)
+        write_video(tmp_path / f"UDM10/LQ-Video/{name}.mkv", clip)
+    pairs = pair_clips(tmp_path / "pred", tmp_path / "UDM10", tmp_path / "UDM10")
+    assert list(pairs) == ["000", "001"]
+    assert pairs["001"] == {
+        "input": tmp_path / "UDM10/LQ-Video/001.mkv",
+        "prediction": tmp_path / "pred/001_x4.mkv",
+        "ground truth": tmp_path / "UDM10/GT/001",
+    }
+
+
+# ---- the command line
+
+
+def run(*args, home: Path, **kwargs) -> subprocess.CompletedProcess:
+    """metrics.py as a process, with no network and no cached weights."""
+    nowhere = {"TORCH_HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    nowhere |= dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    command = [sys.executable, str(ROOT / "metrics.py"), *map(str, args)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **nowhere}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, **kwargs)
+
+
+def test_the_numbers_survive_the_round_trip_through_process_json_and_csv(tmp_path):
+    gt = translation(3)[0]
+    write_frames(tmp_path / "pred/a", gt)
+    write_frames(tmp_path / "gt/a", gt)
+    write_video(tmp_path / "pred/b.mkv", (gt + 0.02).clamp(0, 1))
+    write_frames(tmp_path / "gt/b", gt)
+    files = tmp_path / "out.json", tmp_path / "out.csv"
+    done = run(
+        *(tmp_path / "pred", tmp_path / "gt", "--flow", "dis", "--profile"),
+        *("--metrics", "ewarp,ssim,psnr,dover", "--json", files[0], "--csv", files[1]),
+        home=tmp_path / "home",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert result["settings"]["convention"] == "corrected" and "DIS" in result["settings"]["flow"]
+    assert (
+        "convention corrected, flow OpenCV DIS" in done.stdout
+        and "PSNR on rgb, SSIM on yiq, crop 0" in done.stdout
+    )
+
+    a, b = result["clips"]
+    assert (a["name"], a["psnr"], a["ssim"], a["frames"], a["size"]) == ("a", "inf", 1.0, 3, "96x64")
+    pred = ((gt + 0.02).clamp(0, 1) * 255).round().byte()
+    expected = {m.__name__: m(pred, (gt * 255).round().byte()).mean().item() for m in (psnr, ssim)}
+    expected["ewarp"] = warping_errors(pred, dis_flow).mean().item()
+    assert {k: b[k] for k in expected} == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
+    assert result["mean"]["ssim"] == pytest.approx((1 + b["ssim"]) / 2)
+
+    rows = list(csv.DictReader(files[1].open()))
+    assert [row["name"] for row in rows] == ["a", "b", "mean"]
+    assert float(rows[1]["psnr"]) == b["psnr"] and rows[0]["psnr"] == "inf"
+    assert next(k for k in rows[0] if k.startswith("ewarp")) == "ewarp (corrected, OpenCV DIS, medium)"
+    order = re.search(r"^clip +frames +size +(.*)$", done.stdout, re.MULTILINE).group(1).split()
+    assert order == ["psnr", "ssim", "ewarp"]
+
+    # DOVER could not be had: one line names the file and the way out, and the rest was computed
+    assert (
+        len(done.stderr.splitlines()) == 1
+        and "DOVER not computed: no DOVER/evaluate_one_video" in done.stderr
+    )
+    assert result["not_computed"] == done.stderr.splitlines() and "--dover PATH" in done.stderr
+    picture = np.asarray(Image.open(tmp_path / "pred/b_profile.png"))
+    profile = row_over_time(pred).permute(1, 2, 0).numpy()
+    assert picture.shape == (2 * (18 + 120), 96, 3) and np.array_equal(picture[18:138:40], profile)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("ewarp", ["E*_warp", "raft_large_C_T_V1-22a6c225.pth", "--flow dis"]),
+        ("lpips", ["LPIPS", "alexnet-owt-7be5be79.pth", "torchmetrics"]),
+        ("dists", ["DISTS", "vgg16-397923af.pth", "torchmetrics"]),
+        ("maniqa", ["MANIQA", "MANIQA_PIPAL-ae6d356b.pth", "pip install pyiqa", "non-commercial"]),
+        ("dover", ["DOVER", "--dover PATH"]),
+    ],
+)
+def test_what_cannot_be_had_is_one_line_and_the_rest_is_computed(
+    metric, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setitem(sys.modules, "pyiqa", None)  # as if not installed
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    clip = write_frames(tmp_path / "clip", translation(2)[0])
+    metrics.main([str(clip), str(clip), "--metrics", f"{metric},psnr", "--device", "cpu"])
+    out, err = capsys.readouterr()
+    assert "psnr" in out and "inf" in out
+    assert len(err.splitlines()) == 1 and all(word in err for word in words)
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([str(clip), str(clip), "--metrics", metric, "--device", "cpu"])
+    assert stop.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """Clips that go wrong with each other."""
+    folder, clip = tmp_path_factory.mktemp("shelf"), translation(3)[0]
+    write_frames(folder / "good", clip)
+    write_frames(folder / "short", clip[:2])
+    write_frames(folder / "narrow", clip[..., :90])
+    write_frames(folder / "one", clip[:1])
+    write_frames(folder / "preds/a", clip)
+    write_frames(folder / "preds/b", clip)
+    write_frames(folder / "gts/a", clip)
+    write_frames(folder / "twice/a", clip[:1])
+    write_video(folder / "twice/a.mkv", clip[:1])
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("narrow good", "narrow: prediction 90x64, ground truth 96x64: sizes differ.*--allow-mismatch"),
+        ("good narrow", "good: prediction 96x64, ground truth 90x64: sizes differ.*--allow-mismatch"),
+        ("short good", "short: prediction 2 frames, ground truth 3 frames: lengths differ.*--allow-mismatch"),
+        ("good short", "good: prediction 3 frames, ground truth 2 frames: lengths differ.*--allow-mismatch"),
+        ("preds gts", "predictions without ground truth in .*gts: b$"),
+        ("empty good", "no frames in this folder"),
+        ("good empty", "no frames in this folder"),
+        ("absent", "absent: no such file or folder"),
+        ("twice", "both clip 'a'"),
+        ("good --metrics psnr", "--metrics psnr: needs a ground truth; give GT, or choose from maniqa,"),
+        ("good good --metrics vmaf", "--metrics vmaf: no such metric, or choose from psnr,"),
+        ("one one", "one: one frame, and E[*]_warp needs two"),
+        ("good good --crop 40 --metrics psnr", "--crop 40 does not fit frames of 96x64"),
+        ("good good --metrics psnr --json nowhere/out.json", "there is no folder"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(args, message, shelf, capsys, monkeypatch):
+    monkeypatch.chdir(shelf)
+    before = sorted(shelf.rglob("*"))
+    json_flag = [] if "--json" in args else ["--json", "out.json"]
+    with pytest.raises(SystemExit) as stop:
+        metrics.main([*args.split(), "--flow", "dis", "--profile", *json_flag])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert len(err.splitlines()) == 1 and re.search(message, err)
+    assert sorted(shelf.rglob("*")) == before
+
+
+def test_allow_mismatch_compares_what_both_sides_have(shelf, capsys):
+    for pred, gt in (("narrow", "good"), ("good", "narrow"), ("short", "good"), ("good", "short")):
+        args = metrics.parse([str(shelf / pred), str(shelf / gt), "--flow", "dis", "--allow-mismatch"])
+        row = metrics.evaluate(args)["clips"][0]
+        assert row["psnr"] == math.inf
+        assert (row["frames"], row["size"]) == ((2, "96x64") if "short" in (pred, gt) else (3, "90x64"))
+
+
+def test_the_papers_protocol_takes_25_frames_of_the_centre_and_names_its_convention(tmp_path, capsys):
+    gt = F.avg_pool2d(
+        translation(27, 174, 238, dx=2, dy=1)[0], 15, stride=1
+    )  # smooth: survives the input's size
+    write_video(tmp_path / "gt.mkv", gt)
+    write_video(tmp_path / "pred.mkv", gt[:25, :, 16:144, 48:176])
+    args = [str(tmp_path / "pred.mkv"), str(tmp_path / "gt.mkv"), "--flow", "dis", "--protocol", "adcvsr"]
+    write_video(tmp_path / "lq.mkv", F.avg_pool2d(gt, 4))
+    result = metrics.evaluate(metrics.parse([*args, "--profile", "--input", str(tmp_path / "lq.mkv")]))
+    assert (result["clips"][0]["frames"], result["clips"][0]["size"]) == (25, "128x128")
+    assert result["mean"]["psnr"] == pytest.approx(80)  # pyiqa's end of the scale
+    assert "convention evalcrafter" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "pred_profile.png")).astype(float)
+    lq, pred, truth = (picture[k * 118 + 18 : (k + 1) * 118] for k in range(3))  # 25 rows of 4, under a label
+    assert np.array_equal(pred, truth)
+    assert np.abs(lq - pred).mean() < 0.3 * np.abs(lq[:, ::-1] - pred).mean()  # the same part of the scene
+
+
+def test_dover_gets_the_frames_losslessly_and_its_score_is_read(tmp_path):
+    # A script in the place of the official one: prints the mean of the pixels that arrived.
+    (tmp_path / "pretrained_weights").mkdir()
+    (tmp_path / "pretrained_weights/DOVER.pth").touch()
+    (tmp_path / "evaluate_one_video.py").write_text(
+        "import sys, av\n"
+        "frames = [f.to_ndarray(format='rgb24') for f in av.open(sys.argv[2]).decode(video=0)]\n"
+        "print('Normalized fused overall score (scale in [0,1]):', sum(f.mean() for f in frames) / 3)\n"
+    )
+    frames = [(255 * texture(37, 51, i)).byte().permute(1, 2, 0).numpy() for i in range(3)]
+    assert Dover(tmp_path, "cpu")(frames) == pytest.approx(np.mean(frames), abs=1e-9)
+
+
+def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
+    (tmp_path / "pretrained_weights").mkdir()
+    (tmp_path / "pretrained_weights/DOVER.pth").touch()
+    (tmp_path / "evaluate_one_video.py").write_text("raise RuntimeError('no decord')")
+    clip = write_frames(tmp_path / "clip", translation(2)[0])
+    out = tmp_path / "out.json"
+    args = f"{clip} {clip} --metrics psnr,dover --dover {tmp_path} --json {out} --device cpu"
+    metrics.main(args.split())
+    assert json.loads(out.read_text())["mean"] == {"psnr": "inf", "dover": None}
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "DOVER not computed" in err and "no decord" in err

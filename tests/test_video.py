@@ -1,0 +1,748 @@
+"""What a user relies on in video.py: times, pose, colours, sound, and one line on failure."""
+
+import os
+import signal
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from video import VideoError, VideoReader, VideoWriter, read_clip, to_network, to_uint8
+
+ROOT = Path(__file__).resolve().parents[1]
+EDGE = ROOT / "../shared/data/edge"
+NTSC = Fraction(24000, 1001)
+COLOURS = [
+    (200, 60, 30),
+    (30, 200, 60),
+    (60, 30, 200),
+    (128, 128, 128),
+    (255, 255, 255),
+    (0, 0, 0),
+    (250, 240, 20),
+]
+
+needs_edge = pytest.mark.skipif(
+    not EDGE.is_dir(), reason="the sample files in ../shared/data/edge are not here"
+)
+
+
+def moving_clip(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """(t h w 3) uint8: a smooth texture that moves, and a bar whose place tells the frame's number."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    clip = np.stack(
+        [
+            np.stack([np.sin((x + 2 * t) / 7 + c) + np.cos((y - t) / 5 + 2 * c) for c in range(3)], axis=-1)
+            for t in range(frames)
+        ]
+    )
+    clip = (clip * 50 + 128).astype(np.uint8)
+    for t in range(frames):
+        clip[t, :, t % width] = 255
+    return clip
+
+
+def raw_video(
+    path, frames, rate=Fraction(25), pts=None, tick=None, pix_fmt="yuv420p", codec="libx264", **options
+):
+    """Write through PyAV alone, so that the reader is tested against files that video.py did not make."""
+    options, tags, rotation = options.get("options", {}), options.get("tags", {}), options.get("rotation")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = frames[0].shape[0], frames[0].shape[1], pix_fmt
+        if rotation:
+            stream.set_display_rotation(rotation)
+        stream.codec_context.time_base = tick = tick or 1 / rate
+        for key, value in tags.items():
+            setattr(stream.codec_context, key, value)
+        for i, rgb in enumerate(frames):
+            if isinstance(rgb, av.VideoFrame):
+                frame = rgb
+            else:
+                frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pix_fmt)
+            frame.pts, frame.time_base = (i if pts is None else pts[i]), tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_clip(path, clip, rate=Fraction(25), times=None, source=None, **options):
+    with VideoWriter(path, clip.shape[2], clip.shape[1], rate, source, **options) as writer:
+        for i, rgb in enumerate(clip):
+            writer.write(rgb, None if times is None else times[i])
+    return path
+
+
+def x2(source: Path, target: Path) -> VideoWriter:
+    """What infer.py does, with pixel doubling for a network."""
+    with VideoReader(source) as reader:
+        writer = VideoWriter(target, 2 * reader.width, 2 * reader.height, reader.rate, reader)
+        with writer:
+            for frame in reader:
+                writer.write(frame.rgb.repeat(2, axis=0).repeat(2, axis=1), frame.time)
+    return writer
+
+
+def times_of(path) -> list[Fraction]:
+    with VideoReader(path) as reader:
+        return [frame.time for frame in reader]
+
+
+def packet_times(path) -> list[Fraction]:
+    with av.open(str(path)) as container:
+        times = sorted(p.pts * p.time_base for p in container.demux(video=0) if p.pts is not None)
+    return [t - times[0] for t in times]
+
+
+def packets(path, kind: str) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(p) for p in container.demux(getattr(container.streams, kind)) if p.dts is not None]
+
+
+def with_sound(path, clip, rate=Fraction(25), audio="aac", seconds=2.0, video_start=0):
+    """A clip with a tone, and the sound's packets."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=rate)
+        video.height, video.width, video.pix_fmt = clip.shape[1], clip.shape[2], "yuv420p"
+        sound = container.add_stream(audio, rate=48000, layout="mono")
+        sound.bit_rate = 96000
+        sound.metadata["language"] = "deu"
+        for i, rgb in enumerate(clip):
+            frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+            frame.pts = i + video_start
+            container.mux(video.encode(frame))
+        wave = (np.sin(np.arange(int(seconds * 48000)) / 20) * 8000).astype(np.int16)[None]
+        tone = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
+        tone.sample_rate, tone.pts = 48000, 0
+        fifo = av.AudioFifo()
+        fifo.write(tone)
+        resampler = av.AudioResampler(format=sound.format, layout="mono", rate=48000)
+        while (chunk := fifo.read(1024, partial=True)) is not None:
+            for part in resampler.resample(chunk):
+                container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+        container.mux(video.encode(None))
+    return path
+
+
+# --- times ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+@pytest.mark.parametrize("rate", [NTSC, Fraction(30000, 1001), Fraction(25), Fraction(60)])
+def test_constant_rate_keeps_its_fraction_in_the_header(tmp_path, suffix, rate):
+    path = write_clip(tmp_path / f"clip{suffix}", moving_clip(40), rate)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == rate
+    with VideoReader(path) as reader:
+        assert (reader.rate, reader.constant_rate) == (rate, True)
+        assert [f.time for f in reader] == [n / rate for n in range(40)]
+
+
+@pytest.mark.parametrize("first", [".mp4", ".mkv"])
+@pytest.mark.parametrize("second", [".mp4", ".mkv"])
+def test_the_fraction_survives_a_change_of_container(tmp_path, first, second):
+    source = raw_video(tmp_path / f"source{first}", moving_clip(50), NTSC)
+    x2(source, tmp_path / f"out{second}")
+    with av.open(str(tmp_path / f"out{second}")) as container:
+        assert container.streams.video[0].average_rate == NTSC
+    assert times_of(tmp_path / f"out{second}") == times_of(source) == [n / NTSC for n in range(50)]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_variable_rate_is_kept_frame_for_frame(tmp_path, suffix):
+    steps = np.random.default_rng(0).integers(5, 120, size=59)
+    milliseconds = [0, *np.cumsum(steps).tolist()]
+    source = raw_video(
+        tmp_path / "source.mkv", moving_clip(60), Fraction(30), milliseconds, Fraction(1, 1000)
+    )
+    x2(source, tmp_path / f"out{suffix}")
+    assert packet_times(tmp_path / f"out{suffix}") == [Fraction(t, 1000) for t in milliseconds]
+    with VideoReader(source) as reader:
+        assert not reader.constant_rate
+        assert [f.time for f in reader] == [Fraction(t, 1000) for t in milliseconds]
+
+
+def test_variable_rate_on_a_fine_clock_is_exact(tmp_path):
+    pts = [0, 3001, 5999, 12345, 90001, 90002, 200000]
+    source = raw_video(tmp_path / "source.mp4", moving_clip(7), Fraction(30), pts, Fraction(1, 90000))
+    x2(source, tmp_path / "out.mp4")
+    assert packet_times(tmp_path / "out.mp4") == [Fraction(t, 90000) for t in pts]
+
+
+def test_a_frame_dropped_from_a_constant_rate_leaves_its_gap(tmp_path):
+    pts = [n for n in range(300) if n != 280]  # beyond what opening looks at
+    source = raw_video(tmp_path / "source.mkv", moving_clip(299), NTSC, pts, 1 / NTSC)
+    x2(source, tmp_path / "out.mp4")
+    assert times_of(tmp_path / "out.mp4") == [n / NTSC for n in pts]
+
+
+def test_a_clock_of_milliseconds_does_not_become_the_rate(tmp_path):
+    source = raw_video(
+        tmp_path / "s.mkv", moving_clip(30), Fraction(1000), [round(n * 1000 / 30) for n in range(30)]
+    )
+    with VideoReader(source) as reader:
+        assert (reader.rate, reader.constant_rate) == (30, True)
+
+
+def test_one_frame_is_a_clip(tmp_path):
+    source = raw_video(tmp_path / "source.mp4", moving_clip(1), Fraction(30))
+    x2(source, tmp_path / "out.mp4")
+    assert times_of(tmp_path / "out.mp4") == [0]
+
+
+# --- seeking -------------------------------------------------------------------------------------------
+
+GOPS = {
+    "closed": {"g": "12", "bf": "3"},
+    "open": {"g": "12", "bf": "3", "x264-params": "open-gop=1:b-pyramid=normal"},
+    "one": {"g": "1000", "bf": "2"},
+}
+
+
+@pytest.mark.parametrize("gop", GOPS)
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_starting_anywhere_equals_decoding_from_the_start(tmp_path, gop, suffix):
+    options = {**GOPS[gop], **({"bf": "0"} if suffix == ".avi" else {})}  # AVI has no way to reorder frames
+    path = raw_video(tmp_path / f"clip{suffix}", moving_clip(60), NTSC, options=options)
+    with VideoReader(path) as reader:
+        whole = list(reader)
+    assert len(whole) == 60
+    for index in range(0, 60, 7):
+        with VideoReader(path, start=float(whole[index].time)) as reader:
+            rest = list(reader)
+        assert [f.time for f in rest] == [f.time for f in whole[index:]]
+        assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(rest, whole[index:], strict=True))
+
+
+def test_starting_late_does_not_decode_from_the_start(tmp_path):
+    path = raw_video(tmp_path / "clip.mp4", moving_clip(200), options={"g": "10"})
+    with VideoReader(path, start=7.6) as reader:
+        first = next(reader._decode_from(reader.start))
+        assert Fraction(70, 10) <= first.pts * reader.tick <= Fraction(76, 10)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("variable", [False, True])
+def test_read_clip_is_frame_exact(tmp_path, suffix, variable):
+    pts = np.cumsum(np.random.default_rng(1).integers(8, 90, size=40)).tolist() if variable else None
+    tick = Fraction(1, 1000) if variable else None
+    path = raw_video(
+        tmp_path / f"clip{suffix}", moving_clip(40), NTSC, pts, tick, options={"g": "8", "bf": "2"}
+    )
+    whole = read_clip(path)
+    assert whole.shape == (40, 48, 64, 3) and whole.dtype == np.uint8
+    for start in (0, 1, 7, 8, 23, 35):
+        assert np.array_equal(read_clip(path, start, 5), whole[start : start + 5])
+
+
+def test_read_clip_says_what_a_short_clip_has(tmp_path):
+    path = raw_video(tmp_path / "clip.mp4", moving_clip(9))
+    with pytest.raises(VideoError, match=r"clip.mp4: has 9 frames, not the 25 from frame 0 on"):
+        read_clip(path, 0, 25)
+    with pytest.raises(VideoError, match="has 0 frames"):
+        read_clip(path, 9)
+
+
+# --- pose and size -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degrees", [90, 180, -90])
+def test_a_rotated_clip_comes_out_upright(tmp_path, degrees):
+    clip = moving_clip(3)
+    clip[:, :16, :16] = (255, 0, 0)  # marks the stored top left corner
+    path = raw_video(tmp_path / "clip.mp4", clip, rotation=degrees)
+    with VideoReader(path) as reader:
+        shown = next(iter(reader)).rgb.astype(int)
+        assert (reader.height, reader.width) == shown.shape[:2]
+        assert any("rotated" in note for note in reader.notes)
+    expected = np.rot90(clip[0], degrees // 90).astype(int)  # counter-clockwise, as the container counts
+    assert shown.shape == expected.shape
+    assert np.abs(shown - expected).mean() < 12
+    assert np.abs(shown - expected[::-1, ::-1]).mean() > 30
+
+
+def test_a_mirrored_clip_comes_out_upright(tmp_path):
+    clip = moving_clip(2)
+    clip[:, :16, :16] = (255, 0, 0)
+    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        stream.set_display_rotation(0, hflip=True)
+        for rgb in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
+        container.mux(stream.encode(None))
+    shown = read_clip(tmp_path / "clip.mp4")[0].astype(int)
+    assert np.abs(shown - clip[0, :, ::-1].astype(int)).mean() < 12
+
+
+def test_pixel_shape_is_kept(tmp_path):
+    source = raw_video(tmp_path / "s.mp4", moving_clip(3), tags={"sample_aspect_ratio": Fraction(4, 3)})
+    x2(source, tmp_path / "out.mp4")
+    turned = raw_video(
+        tmp_path / "t.mp4", moving_clip(3), tags={"sample_aspect_ratio": Fraction(4, 3)}, rotation=90
+    )
+    x2(turned, tmp_path / "out_t.mp4")
+    for name, aspect in (("out.mp4", Fraction(4, 3)), ("out_t.mp4", Fraction(3, 4))):
+        with av.open(str(tmp_path / name)) as container:
+            assert container.streams.video[0].sample_aspect_ratio == aspect
+
+
+def test_odd_sizes_are_read_whole(tmp_path):
+    path = raw_video(tmp_path / "clip.mkv", moving_clip(4, 47, 65), codec="ffv1", pix_fmt="bgr0")
+    assert np.array_equal(read_clip(path), moving_clip(4, 47, 65))
+
+
+def test_odd_output_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(VideoError, match=r"out.mp4: .*65x47.*folder"):
+        VideoWriter(tmp_path / "out.mp4", 65, 47, Fraction(25))
+    write_clip(tmp_path / "out", moving_clip(2, 47, 65))
+    assert np.array_equal(read_clip(tmp_path / "out"), moving_clip(2, 47, 65))
+
+
+# --- colour --------------------------------------------------------------------------------------------
+
+
+def yuv_matrix(kr: float, kb: float) -> np.ndarray:
+    """RGB in [0, 1] -> Y in [0, 1], Cb and Cr in [-0.5, 0.5] (ITU-R BT.601, BT.709, BT.2020)."""
+    luma = np.array([kr, 1 - kr - kb, kb])
+    return np.stack([luma, ([0, 0, 1] - luma) / (2 - 2 * kb), ([1, 0, 0] - luma) / (2 - 2 * kr)])
+
+
+MATRIX = {601: yuv_matrix(0.299, 0.114), 709: yuv_matrix(0.2126, 0.0722), 2020: yuv_matrix(0.2627, 0.0593)}
+
+
+def patches(matrix: int, height: int, width: int, full: bool = False, bits: int = 8) -> av.VideoFrame:
+    """A frame of seven vertical stripes, COLOURS, as exact 4:2:0 YUV: made without swscale."""
+    yuv = np.repeat(np.array(COLOURS), width // 7, axis=0) / 255 @ MATRIX[matrix].T
+    scale, offset = ([255, 255, 255], [0, 128, 128]) if full else ([219, 224, 224], [16, 128, 128])
+    row = np.floor((yuv * scale + offset) * 2 ** (bits - 8) + 0.5).clip(0, 2**bits - 1)
+    planes = [np.tile(row[:, 0], (height, 1)), *(np.tile(row[::2, c], (height // 2, 1)) for c in (1, 2))]
+    frame = av.VideoFrame(width, height, {8: "yuvj420p" if full else "yuv420p", 10: "yuv420p10le"}[bits])
+    for plane, values in zip(frame.planes, planes, strict=True):
+        padded = np.zeros(
+            (plane.height, plane.line_size * 8 // (8 if bits == 8 else 16)), f"u{bits // 10 + 1}"
+        )
+        padded[:, : values.shape[1]] = values
+        plane.update(padded.tobytes())
+    return frame
+
+
+def stripe_error(rgb: np.ndarray) -> int:
+    """Largest difference between COLOURS and the middle of their stripes."""
+    step = rgb.shape[1] // 7
+    return int(np.abs(rgb[4:-4, step // 2 :: step].astype(int) - COLOURS).max())
+
+
+SD, HD = (96, 7 * 32), (720, 7 * 184)
+SOURCES = {  # matrix of the pixels, size, tags of the file, full range
+    "untagged SD": (601, SD, {}, False),
+    "untagged HD": (709, HD, {}, False),
+    "tagged SD 709": (709, SD, {"colorspace": 1, "color_range": 1}, False),
+    "tagged HD 709": (709, HD, {"colorspace": 1, "color_primaries": 1, "color_trc": 1}, False),
+    "tagged HD 601": (601, HD, {"colorspace": 6}, False),
+    "tagged PAL 601": (601, SD, {"colorspace": 5}, False),
+    "full range 709": (709, SD, {"colorspace": 1, "color_range": 2}, True),
+    "full range 601": (601, SD, {"colorspace": 6, "color_range": 2}, True),
+}
+
+
+def coded_patches(path, matrix, size, tags, full=False, bits=8):
+    """A lossless file of one frame of patches."""
+    frame = patches(matrix, *size, full, bits)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264" if bits == 8 else "ffv1", rate=25)
+        stream.options = {"qp": "0"} if bits == 8 else {}
+        stream.height, stream.width, stream.pix_fmt = *size, frame.format.name
+        for key, value in tags.items():
+            setattr(stream.codec_context, key, value)
+            setattr(frame, key, value)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_solid_colours_survive_within_two_levels(tmp_path, kind):
+    source = coded_patches(tmp_path / "source.mkv", *SOURCES[kind])
+    assert stripe_error(read_clip(source)[0]) <= 2
+    x2(source, tmp_path / "out.mp4")
+    assert stripe_error(read_clip(tmp_path / "out.mp4")[0]) <= 2
+
+
+def test_ten_bits_are_read_within_two_levels(tmp_path):
+    tags = {"colorspace": 1, "color_range": 1}
+    assert stripe_error(read_clip(coded_patches(tmp_path / "a.mkv", 709, SD, tags, bits=10))[0]) <= 2
+
+
+def test_hdr_keeps_its_tags_and_is_mentioned(tmp_path):
+    tags = {"colorspace": 9, "color_primaries": 9, "color_trc": 18, "color_range": 1}
+    source = coded_patches(tmp_path / "a.mkv", 2020, SD, tags, bits=10)
+    x2(source, tmp_path / "out.mp4")
+    with VideoReader(tmp_path / "out.mp4") as reader:
+        assert reader.hdr == (9, 9, 18) and "HLG" in reader.notes[0]
+        assert stripe_error(next(iter(reader)).rgb) <= 2
+
+
+def test_output_is_bt709_in_pixels_and_tags(tmp_path):
+    stripes = np.repeat(np.array(COLOURS, np.uint8), 48, axis=0)
+    clip = np.tile(stripes, (2, 96, 1, 1))
+    write_clip(tmp_path / "out.mp4", clip, crf=1)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0))
+        assert (int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc)) == (1, 1, 1)
+        assert int(frame.color_range) == 1 and frame.format.name == "yuv420p"
+        assert container.streams.video[0].codec_context.name == "h264"
+        planes = frame.to_ndarray()  # (3h/2 w): Y, then U and V
+    luma = planes[:96].astype(int)
+    expected = np.array(COLOURS) / 255 @ MATRIX[709][0] * 219 + 16
+    assert np.abs(luma[48, 24::48] - expected).max() <= 1.5
+
+
+def test_coloured_texture_is_not_darkened(tmp_path):
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(30, 226, size=(24, 32, 3)).astype(np.uint8)
+    image = np.asarray(Image.fromarray(coarse).resize((256, 192), Image.Resampling.BICUBIC))
+    write_clip(tmp_path / "clip.mp4", image[None], crf=1)
+    difference = read_clip(tmp_path / "clip.mp4")[0].astype(float) - image
+    assert np.abs(difference.mean(axis=(0, 1))).max() < 0.2
+
+
+def test_converters_are_exact_and_round_halves_up():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_network(levels)), levels)
+    assert to_network(levels).min() == -1 and to_network(levels).max() == 1
+    assert to_network(levels).dtype == torch.float32
+    halves = torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0])  # 0 lies between levels 127 and 128
+    assert to_uint8(halves).tolist() == [0, 0, 128, 255, 255]
+    assert to_uint8(torch.zeros(1, 2, 3, 4, 5, dtype=torch.bfloat16)).shape == (1, 2, 3, 4, 5)
+
+
+# --- sound ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_audio_packets_are_copied_byte_for_byte(tmp_path, suffix):
+    source = with_sound(tmp_path / "source.mp4", moving_clip(50))
+    writer = x2(source, tmp_path / f"out{suffix}")
+    assert packets(source, "audio") == packets(tmp_path / f"out{suffix}", "audio") != []
+    assert writer.notes == []
+    with VideoReader(tmp_path / f"out{suffix}") as reader:
+        assert reader.has_audio
+    with av.open(str(tmp_path / f"out{suffix}")) as container:
+        assert container.streams.audio[0].metadata["language"] == "deu"
+
+
+def test_sound_keeps_its_distance_to_the_picture(tmp_path):
+    source = with_sound(tmp_path / "source.mkv", moving_clip(25), video_start=10)
+    x2(source, tmp_path / "out.mkv")
+
+    def lead(path):
+        with av.open(str(path)) as container:
+            first = {}
+            for p in container.demux():
+                if p.pts is not None:
+                    first.setdefault(p.stream.type, p.pts * p.time_base)
+        return first["video"] - first["audio"]
+
+    assert abs(lead(source) - Fraction(10, 25)) < Fraction(3, 100)
+    assert abs(lead(tmp_path / "out.mkv") - lead(source)) <= Fraction(1, 1000)
+
+
+def test_a_part_of_a_clip_takes_its_part_of_the_sound(tmp_path):
+    source = with_sound(tmp_path / "source.mp4", moving_clip(50))
+    with VideoReader(source, start=1.0) as reader:
+        with VideoWriter(tmp_path / "out.mp4", 64, 48, reader.rate, reader) as writer:
+            for frame, _ in zip(reader, range(10), strict=False):
+                writer.write(frame.rgb, frame.time)
+    assert packet_times(tmp_path / "out.mp4") == [Fraction(n, 25) for n in range(10)]
+    whole, part = packets(source, "audio"), packets(tmp_path / "out.mp4", "audio")
+    assert any(whole[i : i + len(part)] == part for i in range(len(whole)))
+    assert abs(len(part) * 1024 / 48000 - 10 / 25) < 0.05
+
+
+def test_sound_that_does_not_fit_is_named_with_the_way_out(tmp_path):
+    source = with_sound(tmp_path / "source.avi", moving_clip(25), audio="wmav2")
+    writer = x2(source, tmp_path / "out.mp4")
+    assert len(writer.notes) == 1 and "wmav2" in writer.notes[0] and ".mkv" in writer.notes[0]
+    assert times_of(tmp_path / "out.mp4") == times_of(source) != []
+
+
+@needs_edge
+def test_the_way_out_works(tmp_path):
+    source = EDGE / "alpha_vp9.webm"
+    assert "audio vorbis does not fit into .mov" in x2(source, tmp_path / "out.mov").notes[0]
+    assert x2(source, tmp_path / "out.mkv").notes == []
+    assert packets(source, "audio") == packets(tmp_path / "out.mkv", "audio") != []
+
+
+@needs_edge
+def test_subtitles_and_sound_go_along(tmp_path):
+    source = EDGE / "mkv_audio_subs.mkv"
+    with VideoReader(source) as reader:
+        with VideoWriter(tmp_path / "out.mkv", 32, 32, reader.rate, reader) as writer:
+            for frame in reader:
+                writer.write(frame.rgb[:32, :32], frame.time)
+    assert writer.notes == []
+    for kind in ("audio", "subtitles"):
+        assert packets(source, kind) == packets(tmp_path / "out.mkv", kind) != []
+
+
+# --- folders and images --------------------------------------------------------------------------------
+
+
+def test_folder_frames_come_in_natural_order(tmp_path):
+    for n in (10, 2, 1, 33):
+        Image.fromarray(np.full((6, 8, 3), n, np.uint8)).save(tmp_path / f"frame{n}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    with VideoReader(tmp_path) as reader:
+        assert (reader.kind, reader.frames, reader.width, reader.height) == ("folder", 4, 8, 6)
+        assert [f.rgb[0, 0, 0] for f in reader] == [1, 2, 10, 33]
+    assert read_clip(tmp_path, 1, 2)[:, 0, 0, 0].tolist() == [2, 10]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".jpg"])
+def test_one_image_goes_in_and_out(tmp_path, suffix):
+    image = moving_clip(1)[0]
+    lossless = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(image).save(tmp_path / f"a{suffix}", **lossless)
+    x2(tmp_path / f"a{suffix}", tmp_path / "out.png")
+    out = read_clip(tmp_path / "out.png")
+    assert out.shape == (1, 96, 128, 3)
+    assert np.array_equal(out[0, ::2, ::2], image) or suffix == ".jpg"
+
+
+def test_alpha_grey_and_palette_images_become_rgb(tmp_path):
+    rgba = np.dstack([moving_clip(1)[0], np.full((48, 64), 100, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    with VideoReader(tmp_path / "a.png") as reader:
+        assert np.array_equal(next(iter(reader)).rgb, rgba[..., :3])
+        assert reader.notes == ["alpha channel dropped"]
+    Image.fromarray(np.full((4, 4), 200 * 257, np.uint16)).save(tmp_path / "g.png")
+    assert (read_clip(tmp_path / "g.png") == 200).all()
+    Image.fromarray(rgba[..., 0]).save(tmp_path / "l.png")
+    assert np.array_equal(read_clip(tmp_path / "l.png")[0, ..., 2], rgba[..., 0])
+
+
+def test_an_image_turned_by_exif_comes_out_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    image = moving_clip(1)[0]
+    Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
+    with VideoReader(tmp_path / "a.png") as reader:
+        assert (reader.width, reader.height) == (48, 64)
+        assert np.array_equal(next(iter(reader)).rgb, np.rot90(image, -1))
+
+
+def test_a_folder_of_pngs_is_written_and_replaced_only_by_its_kind(tmp_path):
+    out = write_clip(tmp_path / "out", moving_clip(12))
+    assert sorted(p.name for p in out.iterdir())[:2] == ["000000.png", "000001.png"]
+    assert np.array_equal(read_clip(out), moving_clip(12))
+    write_clip(out, moving_clip(3))
+    assert len(list(out.iterdir())) == 3
+    (out / "holiday.png").write_bytes(b"dear to someone")
+    with pytest.raises(VideoError, match="out: something else has this name"):
+        write_clip(out, moving_clip(3))
+    assert (out / "holiday.png").exists()
+
+
+# --- one line on failure -------------------------------------------------------------------------------
+
+
+def make_broken(folder: Path, kind: str) -> tuple[Path, str]:
+    """A path, and what its error line has to say."""
+    path = folder / "x.mp4"
+    if kind == "missing":
+        return path, r"^x\.mp4: no such file$"
+    if kind == "empty file":
+        path.touch()
+        return path, r"^x\.mp4: the file is empty\. Is the download complete\?$"
+    if kind == "text":
+        path.write_text("hello " * 500)
+        return path, r"^x\.mp4: not a video or image that can be read\."
+    if kind == "no picture":
+        with av.open(str(path), "w") as container:
+            sound = container.add_stream("aac", rate=48000, layout="mono")
+            tone = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+            tone.sample_rate = 48000
+            container.mux(sound.encode(tone))
+            container.mux(sound.encode(None))
+        return (
+            path,
+            r"^x\.mp4: no decodable video frames \(streams: audio aac\)\. Is the download complete\?$",
+        )
+    if kind == "nothing decodes":
+        raw_video(path, moving_clip(30), options={"movflags": "faststart"})
+        data = path.read_bytes()
+        start = data.index(b"mdat") + 4
+        end = data.index(b"moov") if data.index(b"moov") > start else len(data)
+        path.write_bytes(data[:start] + bytes(end - start) + data[end:])
+        return path, r"^x\.mp4: no decodable video frames \(streams: video h264\)"
+    frames = folder / "frames"
+    frames.mkdir()
+    if kind == "empty folder":
+        return frames, r"^frames/: no frames in this folder \(looked for png, jpg, webp, bmp\)$"
+    for n in range(3):
+        Image.fromarray(moving_clip(1)[0]).save(frames / f"{n:04d}.png")
+    if kind == "mixed sizes":
+        Image.fromarray(moving_clip(1)[0][:40]).save(frames / "0002.png")
+        return frames, r"^frames/: 0002\.png is 64x40, expected 64x48\. Use one folder per clip\.$"
+    damaged = frames / "0001.png"
+    damaged.write_bytes(damaged.read_bytes()[:900] if kind == "half an image" else b"nothing of the kind")
+    return frames, r"^frames/0001\.png: corrupt image"
+
+
+BROKEN = ["missing", "empty file", "text", "no picture", "nothing decodes", "empty folder", "mixed sizes"]
+
+
+@pytest.mark.parametrize("kind", [*BROKEN, "half an image", "no image"])
+def test_what_cannot_be_read_is_named_in_one_line(tmp_path, kind, capfd):
+    path, line = make_broken(tmp_path, kind)
+    with pytest.raises(VideoError, match=line) as caught:
+        with VideoReader(path) as reader:
+            list(reader)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # FFmpeg keeps quiet
+
+
+def test_a_truncated_clip_gives_what_decodes_and_a_note(tmp_path, capfd):
+    whole = raw_video(tmp_path / "whole.mkv", moving_clip(100), options={"g": "20"})
+    (tmp_path / "half.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with VideoReader(tmp_path / "half.mkv") as reader:
+        frames = list(reader)
+        assert any(
+            "damaged or truncated" in note and f"{len(frames)} of 100" in note for note in reader.notes
+        )
+    assert 10 < len(frames) < 90
+    expected = read_clip(whole, 0, len(frames) - 3)  # the last ones may be incomplete
+    assert all(np.array_equal(f.rgb, e) for f, e in zip(frames, expected, strict=False))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["out.avi", "out.webm", "no/out.mp4", "out.png/"])
+def test_an_output_that_cannot_be_is_refused_before_work_starts(tmp_path, name):
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(VideoError, match=r"^[^\n]+$"):
+        VideoWriter(tmp_path / name, 64, 48, Fraction(25))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(VideoError, match="out.mp4: cannot be written"):
+        VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25))
+
+
+# --- interruptions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out.mkv", "out.png", "out"])
+def test_an_exception_leaves_nothing_behind(tmp_path, name):
+    with pytest.raises(KeyboardInterrupt):
+        with VideoWriter(tmp_path / name, 64, 48, Fraction(25)) as writer:
+            writer.write(moving_clip(1)[0])
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(VideoError, match="no frame"):
+        with VideoWriter(tmp_path / name, 64, 48, Fraction(25)):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_result_stays_until_the_new_one_is_whole(tmp_path):
+    out = write_clip(tmp_path / "out.mp4", moving_clip(5))
+    before = out.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        with VideoWriter(out, 64, 48, Fraction(25)) as writer:
+            writer.write(moving_clip(1)[0])
+            raise KeyboardInterrupt
+    assert out.read_bytes() == before
+
+
+ENDLESS = """
+import sys, numpy as np
+from fractions import Fraction
+from video import VideoWriter
+with VideoWriter(sys.argv[1], 256, 256, Fraction(25)) as writer:
+    rng = np.random.default_rng(0)
+    while True:
+        writer.write(rng.integers(0, 255, (256, 256, 3)).astype(np.uint8))
+        print("frame", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
+    target = tmp_path / name
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for _ in range(80):  # beyond what the encoder holds back
+        assert process.stdout.readline() == "frame\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not target.exists()
+    write_clip(target, moving_clip(5))  # what the killed one left is no obstacle
+    assert len(read_clip(target)) == 5
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+# --- the awkward files ---------------------------------------------------------------------------------
+
+EDGE_FILES = {  # width, height, rate, frames that decode, part of a note
+    "alpha_vp9.webm": (200, 200, 30, 150, "alpha"),
+    "corrupt_stream.mp4": (1280, 720, 10, 49, "49 of 50 frames decode"),
+    "h264_10bit.mp4": (200, 200, 30, 30, None),
+    "hlg_10bit_9frames_audio.mp4": (1920, 1080, Fraction(90000, 3001), 9, "HLG"),
+    "midstream_resize.mp4": (400, 300, Fraction(29750, 491), 118, "frame size changes"),
+    "mkv_audio_subs.mkv": (1080, 720, 30, 30, None),
+    "one_frame_2x2.mp4": (2, 2, 25, 1, None),
+    "rot90_3frames.mov": (320, 568, 30, 3, "rotated"),
+    "slowmotion_vfr.mp4": (1280, 720, Fraction(630000, 47281), 7, None),
+    "truncated_half.mp4": (960, 540, Fraction(30000, 1001), 72, "72 of 150 frames decode"),
+    "vp9_odd_161x121.webm": (161, 121, Fraction(2997, 100), 30, None),
+}
+
+
+@needs_edge
+@pytest.mark.parametrize("name", EDGE_FILES)
+def test_awkward_files_are_read_and_written_in_full(tmp_path, name, capfd):
+    width, height, rate, count, note = EDGE_FILES[name]
+    with VideoReader(EDGE / name) as reader:
+        assert (reader.width, reader.height, reader.rate) == (width, height, rate)
+        with VideoWriter(tmp_path / "out.mp4", 32, 32, reader.rate, reader) as writer:
+            times = []
+            for frame in reader:
+                assert frame.rgb.shape == (height, width, 3)
+                times.append(frame.time)
+                writer.write(np.resize(frame.rgb[:16], (32, 32, 3)), frame.time)  # small, to be quick
+        assert note is None and reader.notes == [] or any(note in n for n in reader.notes)
+    assert len(times) == count
+    assert times_of(tmp_path / "out.mp4") == times
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_edge
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (
+            "audio_only.mp4",
+            r"^audio_only\.mp4: no decodable video frames \(streams: audio aac\)\. Is the download",
+        ),
+        (
+            "not_a_video.mp4",
+            r"^not_a_video\.mp4: not a video or image that can be read\. Is the download complete\?$",
+        ),
+    ],
+)
+def test_awkward_files_without_a_picture_are_refused(name, line):
+    with pytest.raises(VideoError, match=line):
+        VideoReader(EDGE / name)
