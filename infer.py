@@ -1,17 +1,23 @@
 """A clip in, its x4 clip out: `python infer.py clip.mp4` writes clip_x4.mp4 beside it.
 
-    video.py reads frames -> chunks in [-1, 1] -> AdcVSR.stream (model.py) -> colour -> video.py writes frames
+    video.py: frames --> chunks in [-1, 1] --> model.py: AdcVSR.stream --> colour --> clip_x4.mp4.parts/*.mp4
+                                                        all segments are there --> video.py: clip_x4.mp4
 
-Frames pass as a stream: memory does not grow with the clip, frames out = frames in, and the result is the one that
-the whole clip at once would give. Paper: Sec. 4 (`--protocol adcvsr`); the rest is what users of such tools need.
+Frames pass as a stream: memory does not grow with the clip, and the result is that of the whole clip at once.
+Finished segments survive any interruption: the same command goes on where it stopped. Paper: Sec. 4.1 for
+`--protocol adcvsr`; the rest is what users of such a tool need.
 """
 
 import argparse
+import json
+import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,35 +27,52 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from model import SCALE, AdcVSR, WeightsError
+from model import SCALE, AdcVSR
 from runtime import UserError, run
-from video import Frame, VideoReader, VideoWriter, to_network, to_uint8
+from video import VIDEO_FORMATS, Frame, Output, VideoReader, VideoWriter, concatenate, to_network, to_uint8
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. Full quality: --adcsr net_params_200.pkl halfDecoder.ckpt "
     "(AdcSR's official files) or --weights FOLDER_OR_HUB_ID."
 )
-CHUNK = 8  # frames a step: Choice, large enough to keep a GPU busy, small enough for 16 GB at 720p
+CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
+SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
+BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
+CLIPS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Colour and protocol
+# ------------------------------------------------------------------------------------------------------
+# Colour: detail from the network, colour from the input. sr (t 3 4h 4w), lr (t 3 h w), both in [-1, 1]
 
 
-def match_statistics(sr: Tensor, lr: Tensor) -> Tensor:
-    """Gives each channel of each whole frame the mean and deviation of the input (AdcSR's "adain" colour fix).
-
-    sr (t 3 4h 4w), lr (t 3 h w), both in [-1, 1].
-    """
+def adain(sr: Tensor, lr: Tensor) -> Tensor:
+    """Gives each channel of each whole frame the input's mean and deviation, as AdcSR's code does."""
     sr_std, sr_mean = torch.std_mean(sr, dim=(-2, -1), keepdim=True)
     lr_std, lr_mean = torch.std_mean(lr, dim=(-2, -1), keepdim=True)
     return (sr - sr_mean) / sr_std.clamp_min(1e-6) * lr_std + lr_mean
 
 
+def wavelet(sr: Tensor, lr: Tensor, levels: int = 5) -> Tensor:
+    """Replaces the low frequencies of each frame, what `levels` widening 3x3 blurs leave, by the input's."""
+    low = F.interpolate(lr, scale_factor=float(SCALE), mode="bicubic") - sr
+    taps = torch.tensor([0.25, 0.5, 0.25], device=sr.device)
+    kernel = (taps[:, None] * taps).expand(3, 1, 3, 3)
+    for level in range(levels):  # a blur of the difference is the difference of the blurs
+        low = F.pad(low, (2**level,) * 4, mode="replicate")
+        low = F.conv2d(low, kernel, dilation=2**level, groups=3)
+    return sr + low
+
+
+COLORS = {"none": lambda sr, lr: sr, "adain": adain, "wavelet": wavelet}
+
+# ------------------------------------------------------------------------------------------------------
+# The stream
+
+
 def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
-    """The paper's input: the centre 128x128 of a frame (h w 3) uint8, or the whole side where it is smaller.
+    """The paper's input: the centre 128x128 of a frame (h w 3) uint8, or all of a side that is shorter.
 
     Choice: LQ that is stored at HR size (RealVSR, MVSR4x; downscale 4) is cropped to the centre 512x512 and
     reduced bicubically.
@@ -59,153 +82,350 @@ def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
     rgb = rgb[top : top + side, left : left + side]
     if downscale == 1:
         return rgb
-    x = rearrange(to_network(torch.from_numpy(rgb.copy())), "h w c -> 1 c h w")
-    x = F.interpolate(x, scale_factor=1 / downscale, mode="bicubic", antialias=True)
-    return rearrange(to_uint8(x), "1 c h w -> h w c").numpy()
+    x = F.interpolate(as_network([rgb]), scale_factor=1 / downscale, mode="bicubic", antialias=True)
+    return as_frames(x)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The stream
+def as_network(frames: list[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+    """Frames (h w 3) uint8 -> (t 3 h w) in [-1, 1] on the device."""
+    return to_network(rearrange(torch.from_numpy(np.stack(frames)).to(device), "t h w c -> t c h w"))
 
 
-def chunks_of(frames: Iterator[Frame], size: int, waiting: deque, device: torch.device) -> Iterator[Tensor]:
-    """Frames -> chunks (1 t 3 h w) in [-1, 1]; every frame also joins `waiting` until its result arrives."""
-    while batch := list(islice(frames, size)):
-        waiting.extend(batch)
-        rgb = torch.from_numpy(np.stack([f.rgb for f in batch])).to(device)
-        yield to_network(rearrange(rgb, "t h w c -> 1 t c h w"))
+def as_frames(x: Tensor) -> np.ndarray:
+    """(t 3 h w) in [-1, 1] -> (t h w 3) uint8."""
+    return rearrange(to_uint8(x), "t c h w -> t h w c").cpu().numpy()
 
 
-def upscale(net: AdcVSR, frames: Iterator[Frame], chunk: int, color: str) -> Iterator[tuple[Frame, np.ndarray]]:
+def wanted_frames(reader: VideoReader, args: argparse.Namespace) -> Iterator[Frame]:
+    """The clip's frames that the flags ask for."""
+    for number, frame in enumerate(reader):
+        if args.duration is not None and frame.time >= Fraction(args.start) + Fraction(args.duration):
+            return
+        if args.protocol:
+            if number == PROTOCOL_FRAMES:
+                return
+            frame = Frame(protocol_crop(frame.rgb, args.downscale), frame.time)
+        yield frame
+
+
+def upscale(
+    net: AdcVSR, frames: Iterator[Frame], chunk: int, color: str
+) -> Iterator[tuple[Frame, np.ndarray]]:
     """(source frame, its x4 frame (4h 4w 3) uint8), in order."""
-    device = next(net.parameters()).device
-    waiting: deque[Frame] = deque()
-    for sr in net.stream(chunks_of(frames, chunk, waiting, device)):
+    device = net.unet.conv_in.weight.device
+    waiting: deque[Frame] = deque()  # frames whose result is still to come
+
+    def chunks() -> Iterator[Tensor]:
+        while batch := list(islice(frames, chunk)):
+            waiting.extend(batch)
+            yield as_network([f.rgb for f in batch], device)[None]
+
+    for sr in net.stream(chunks()):
         sources = [waiting.popleft() for _ in range(sr.shape[1])]
-        sr = sr[0].float()
-        if color == "adain":
-            lr = torch.from_numpy(np.stack([f.rgb for f in sources])).to(device)
-            sr = match_statistics(sr, to_network(rearrange(lr, "t h w c -> t c h w")))
+        sr = COLORS[color](sr[0].float(), as_network([f.rgb for f in sources], device))
         if not torch.isfinite(sr).all():
-            raise UserError(f"the network's output at {float(sources[0].time):.2f} s is not finite. Try --dtype float32.")
-        yield from zip(sources, rearrange(to_uint8(sr), "t c h w -> t h w c").cpu().numpy())
+            at = float(sources[0].time)
+            raise UserError(f"the network's output at {at:.2f} s is not finite. Try --dtype float32.")
+        yield from zip(sources, as_frames(sr))
 
 
-def side_by_side(rgb: np.ndarray, sr: np.ndarray) -> np.ndarray:
+def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
     """Bicubic x4 of the input on the left, the result on the right: (4h 8w 3) uint8."""
-    x = rearrange(to_network(torch.from_numpy(rgb.copy())), "h w c -> 1 c h w")
-    bicubic = to_uint8(F.interpolate(x, scale_factor=float(SCALE), mode="bicubic"))
-    return np.concatenate([rearrange(bicubic, "1 c h w -> h w c").numpy(), sr], axis=1)
+    bicubic = F.interpolate(as_network([frame.rgb]), scale_factor=float(SCALE), mode="bicubic")
+    return np.concatenate([as_frames(bicubic)[0], sr], axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Network and files
+# ------------------------------------------------------------------------------------------------------
+# The network
 
 
 def load_network(args: argparse.Namespace) -> AdcVSR:
     """The network that the flags ask for, on its device, in its dtype."""
-    if args.adcsr:
-        # Temporal blocks start as the identity, so AdcSR needs none.
+    if args.adcsr:  # without temporal blocks: they would start as the identity
         net = AdcVSR.from_adcsr(*args.adcsr, trust_pickle=args.trust_pickle, temporal="none")
     else:
         net = AdcVSR.from_pretrained(args.weights)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, dtype = choose_device_and_dtype(args.device, args.dtype)
     try:
-        net = net.to(torch.device(device))
+        net = net.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here. Use --device cpu.") from error
-    dtype = getattr(torch, choose_dtype(device) if args.dtype == "auto" else args.dtype)
     return net.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def choose_dtype(device: str) -> str:
-    """bfloat16 where the machine computes it fast, else float32."""
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """What "auto" means: a GPU if there is one, bfloat16 where the machine computes it fast."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        if device.startswith("cuda"):
+            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        else:
+            dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    return device, getattr(torch, dtype)
 
 
-def default_output(reader: VideoReader, tag: str) -> Path:
+# ------------------------------------------------------------------------------------------------------
+# One clip: plan, segments, final file
+
+
+def default_output(reader: VideoReader) -> Path:
     """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
-    path = reader.path
+    path = reader.path.resolve()
     if reader.kind == "folder":
-        return path.parent / f"{path.resolve().name}{tag}"
-    suffix = ".png" if reader.kind == "image" else ".mkv" if path.suffix.lower() in (".mkv", ".webm") else ".mp4"
-    return path.with_name(f"{path.stem}{tag}{suffix}")
+        return path.parent / f"{path.name}_x4"
+    suffix = ".png" if reader.kind == "image" else path.suffix.lower()
+    if reader.kind == "video":
+        suffix = ".mkv" if suffix == ".webm" else suffix if suffix in VIDEO_FORMATS else ".mp4"
+    return reader.path.with_name(f"{path.stem}_x4{suffix}")
 
 
-def show(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+def fingerprint(path: Path) -> list:
+    """What tells whether a file is still the same: the files in it, their sizes and times of change."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
 
 
-def process(path: Path, net: AdcVSR | None, args: argparse.Namespace) -> AdcVSR:
-    """Upscales one clip; returns the network, which is loaded once the first clip has opened."""
-    with VideoReader(path) as reader:
-        output = args.output or default_output(reader, "_x4")
+def open_parts(parts: Path, reader: VideoReader, args: argparse.Namespace) -> None:
+    """The folder of finished segments, new or to be gone on with. `UserError` if it was made otherwise."""
+    weights = [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]
+    result = "chunk color dtype device crf protocol downscale start duration compare".split()
+    plan = {"input": fingerprint(reader.path), "weights": weights} | {
+        k: str(getattr(args, k)) for k in result
+    }
+    file = parts / "plan.json"
+    if args.fresh:
+        shutil.rmtree(parts, ignore_errors=True)
+    if parts.is_dir() and file.is_file():
+        made = json.loads(file.read_text())
+        if changed := [k for k in plan if made.get(k) != plan[k]]:
+            way_out = "Use --fresh to start again, or another -o."
+            raise UserError(f"{parts} was made with another {', '.join(changed)}. {way_out}")
+        return
+    try:
+        parts.mkdir(exist_ok=True)
+        (parts / "plan.partial").write_text(json.dumps(plan))
+        os.replace(parts / "plan.partial", file)
+    except OSError as error:
+        raise UserError(f"{parts}: cannot be written ({error.strerror}). Choose another -o.") from error
+
+
+def process(path: Path, output: Path | None, net: AdcVSR | None, args: argparse.Namespace) -> AdcVSR | None:
+    """Upscales one clip. The network is loaded when the first clip has opened, and returned for the next."""
+    with VideoReader(path, start=args.start) as reader:
+        output = output or default_output(reader)
         if output.resolve() == path.resolve():
             raise UserError(f"{path}: the output would replace the input. Choose another -o.")
-        frames, total, size = iter(reader), reader.frames, (reader.width, reader.height)
-        if args.protocol:
-            frames = (
-                Frame(protocol_crop(f.rgb, args.downscale), f.time) for f in islice(frames, PROTOCOL_FRAMES)
-            )
-            total = min(total or PROTOCOL_FRAMES, PROTOCOL_FRAMES)
-            size = tuple(min(n, PROTOCOL_SIDE * args.downscale) // args.downscale for n in size)
-        width, height = (SCALE * n for n in size)
+        side = PROTOCOL_SIDE * args.downscale if args.protocol else sys.maxsize
+        w, h = (min(n, side) // args.downscale for n in (reader.width, reader.height))
+        compared = output.with_name(f"{output.stem}_compare{output.suffix}")
+        targets = {output: SCALE * w} | ({compared: 2 * SCALE * w} if args.compare else {})
+        total = expected_frames(reader, args)
+        # Refuse what cannot be written before anything is computed.
+        for target in targets:
+            Output(target).remove_partial()
 
-        def writer(output: Path, width: int) -> VideoWriter:
-            return VideoWriter(output, width, height, reader.rate, source=reader, crf=args.crf)
-
+        parts = output.with_name(f"{output.name}.parts")
+        done = 0 if args.fresh else finished_segments(parts, targets)
         net = net or load_network(args)
-        color = args.color or ("none" if net.pixel_skip else "adain")
         if args.weights == str(SHIPPED) and not args.adcsr:
             print(DEMO_NOTICE, file=sys.stderr)
-        print(f"{path} {size[0]}x{size[1]} -> {output} {width}x{height}")
-        done = 0
-        with writer(output, width) as out, tqdm(total=total, unit="frame", disable=None) as bar:
-            compare = writer(output.with_name(f"{output.stem}_compare{output.suffix}"), 2 * width) if args.compare else None
-            for source, sr in upscale(net, frames, args.chunk, color):
-                out.write(sr, source.time)
-                if compare:
-                    compare.write(side_by_side(source.rgb, sr), source.time)
-                done += 1
-                bar.update()
-            if compare:
-                compare.__exit__(None, None, None)
-        show(reader.notes + out.notes)
-        print(f"{output} {done} frames")
-    return net
+        print_plan(path, reader, output, net, (w, h), total, done, args)
+        if args.dry_run:
+            return net
+        open_parts(parts, reader, args)
+        starts = write_segments(reader, net, parts, targets, SCALE * h, total, done, args)
+        notes = reader.notes
+        for target in targets:
+            segments = [segment(parts, target, k) for k in range(len(starts))]
+            if target.suffix == ".png":
+                os.replace(segments[0], target)
+            else:
+                notes = notes + concatenate(segments, starts, target, reader, to_end=args.duration is None)
+        shutil.rmtree(parts)
+        if args.profile:
+            write_profile(reader, args, output)
+        for note in dict.fromkeys(notes):
+            print(f"note: {note}", file=sys.stderr)
+        return net
+
+
+def expected_frames(reader: VideoReader, args: argparse.Namespace) -> int | None:
+    """How many frames there will be, for the plan and the progress bar; None if unknown."""
+    limits = [PROTOCOL_FRAMES] if args.protocol else []
+    if args.duration is not None:
+        limits.append(-(-Fraction(args.duration) * reader.rate // 1))
+    if reader.frames is not None:
+        limits.append(max(1, reader.frames - int(Fraction(args.start) * reader.rate)))
+    return int(min(limits)) if limits else None
+
+
+def segment(parts: Path, target: Path, k: int) -> Path:
+    """Where segment k of a target lies: an .mp4, whose clock is exact, a folder of PNGs, or the one PNG."""
+    suffix = ".mp4" if target.suffix in VIDEO_FORMATS else target.suffix
+    return parts / f"{k:06d}{'_compare' * target.stem.endswith('_compare')}{suffix}"
+
+
+def finished_segments(parts: Path, targets: dict[Path, int]) -> int:
+    """Segments, from the first on, that every target has. A segment has its name only once it is whole."""
+    done = 0
+    while all(segment(parts, target, done).exists() for target in targets):
+        done += 1
+    return done
+
+
+def write_segments(reader, net, parts, targets, height, total, done, args) -> list[Fraction]:
+    """Writes segments number `done`, `done` + 1, ...; returns the time of every segment's first frame.
+
+    To go on after `done` segments the stream starts again early enough that its beginning has no influence,
+    on the same grid of chunks, so that every number is computed as it would have been.
+    """
+    starts: list[Fraction] = []
+
+    def noting_starts() -> Iterator[Frame]:
+        for number, frame in enumerate(wanted_frames(reader, args)):
+            if number % SEGMENT == 0:
+                starts.append(frame.time)
+            yield frame
+
+    keep = done * SEGMENT
+    early = max(0, (keep - net.lag) // args.chunk * args.chunk)
+    frames = islice(noting_starts(), early, None)  # decoding is far faster than the network
+    color = args.color or ("none" if net.pixel_skip else "adain")
+    results = islice(upscale(net, frames, args.chunk, color), keep - early, None)
+    with tqdm(total=total, initial=keep, unit="frame", disable=None, dynamic_ncols=True) as bar:
+        first = next(results, None)
+        while first is not None:
+            k = bar.n // SEGMENT
+            with ExitStack() as stack:
+                writers = []
+                for target, width in targets.items():
+                    file = segment(parts, target, k)
+                    writer = VideoWriter(file, width, height, reader.rate, reader, args.crf, sound=False)
+                    writers.append(stack.enter_context(writer))
+                for frame, sr in islice(chain([first], results), SEGMENT):
+                    writers[0].write(sr, frame.time)
+                    for writer in writers[1:]:
+                        writer.write(side_by_side(frame, sr), frame.time)
+                    bar.n += 1
+                    bar.update(0)
+            first = next(results, None)
+        count = bar.n
+    if len(starts) != -(-count // SEGMENT):
+        raise UserError(f"{reader.path}: {count} frames came out, more went in. Please report this.")
+    return starts
+
+
+def print_plan(path, reader, output, net, size, total, done, args) -> None:
+    """What is to be done, in two lines."""
+    (w, h), weight = size, next(net.parameters())
+    pixels = SCALE**2 * w * h * (total or 0) * (3 if args.compare else 1)
+    disk = pixels * BYTES["video" if output.suffix in VIDEO_FORMATS else "png"] / 2**30
+    rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
+    print(f"{path} {w}x{h}{rate} {total or '?'} frames -> {output} {SCALE * w}x{SCALE * h}")
+    print(
+        f"plan: {-(-total // SEGMENT) if total else '?'} segments of {SEGMENT} frames, {done} done; "
+        f"chunks of {args.chunk} on {weight.device} in {str(weight.dtype)[6:]}; first result after "
+        f"{net.lag + 1} frames; queues {net.queue_bytes(h, w) / 2**30:.2f} GB; about {disk:.2f} GB on disk"
+    )
+    free = shutil.disk_usage(output.resolve().parent).free / 2**30
+    if 2 * disk > free:
+        raise UserError(
+            f"{output}: needs about {2 * disk:.1f} GB, {free:.1f} GB are free. Choose another -o."
+        )
+
+
+def write_profile(reader: VideoReader, args: argparse.Namespace, output: Path) -> None:
+    """<output>_profile.png: the middle row of pixels over time, bicubic above ours. Paper: Fig. 3."""
+    rows = {"bicubic": [], "ours": []}
+    with VideoReader(output) as result:
+        for frame, sr in zip(wanted_frames(reader, args), result):
+            middle = len(frame.rgb) // 2
+            band = as_network([frame.rgb[max(0, middle - 3) : middle + 3]])  # bicubic looks two pixels away
+            bicubic = as_frames(F.interpolate(band, scale_factor=float(SCALE), mode="bicubic"))[0]
+            rows["bicubic"].append(bicubic[len(bicubic) // 2])
+            rows["ours"].append(sr.rgb[SCALE * middle])
+    picture = np.concatenate([np.stack(r) for r in rows.values()])
+    with VideoWriter(
+        output.with_name(f"{output.stem}_profile.png"), *picture.shape[1::-1], reader.rate
+    ) as out:
+        out.write(picture)
+
+
+# ------------------------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("input", type=Path, help="video, folder of frames, or image")
-    parser.add_argument("-o", "--output", type=Path, help="default: <name>_x4 beside the input")
-    parser.add_argument("--weights", default=str(SHIPPED), help="folder, training checkpoint or hub id")
-    parser.add_argument("--adcsr", nargs=2, metavar=("NET_PARAMS", "HALF_DECODER"), help="AdcSR's official files")
-    parser.add_argument("--trust-pickle", action="store_true", help="let AdcSR's files run code while they load")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help=f"frames a step ({CHUNK})")
-    parser.add_argument("--color", choices=("none", "adain"), help="colour fix; default: adain, for tiny none")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--crf", type=int, default=16, help="H.264 quality, 0 best, 51 worst (16)")
-    parser.add_argument("--compare", action="store_true", help="also <output>_compare: bicubic left, result right")
-    parser.add_argument("--protocol", choices=("adcvsr",), help="the paper's test input: 25 frames, centre crop")
-    parser.add_argument("--downscale", type=int, choices=(1, 4), default=1, help="with --protocol: LQ stored at HR size")
+    add = parser.add_argument
+    add("input", type=Path, nargs="+", help="video, folder of frames, image, or folder of clips")
+    add("-o", "--output", type=Path, help="default: <name>_x4 beside the input; a folder for several inputs")
+    add("--weights", default=str(SHIPPED), help="folder, training checkpoint or hub id")
+    add("--adcsr", nargs=2, metavar=("NET_PARAMS", "HALF_DECODER"), help="AdcSR's two official files")
+    add("--trust-pickle", action="store_true", help="let AdcSR's files run code while they load")
+    add("--chunk", type=int, default=CHUNK, help=f"frames a step ({CHUNK})")
+    add("--color", choices=COLORS, help="colour from the input; default: adain, for tiny none")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--crf", type=int, default=16, help="H.264 quality, 0 best, 51 worst (16)")
+    add("--start", type=float, default=0.0, help="seconds to skip")
+    add("--duration", type=float, help="seconds to upscale")
+    add("--compare", action="store_true", help="also <output>_compare: bicubic left, result right")
+    add("--profile", action="store_true", help="also <output>_profile.png: one row over time")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--fresh", action="store_true", help="forget the finished segments of an interrupted run")
+    add("--protocol", choices=("adcvsr",), help="the paper's test input: 25 frames, centre crop to 128x128")
+    add(
+        "--downscale", type=int, choices=(1, 4), default=1, help="with --protocol: 4 for LQ stored at HR size"
+    )
     args = parser.parse_args(argv)
     if args.chunk < 1:
         parser.error(f"--chunk {args.chunk}: give 1 or more")
+    if not 0 <= args.crf <= 51:
+        parser.error(f"--crf {args.crf}: give 0 to 51")
+    if args.start < 0 or (args.duration is not None and args.duration <= 0):
+        parser.error("--start, --duration: give seconds, the duration more than 0")
     if args.downscale > 1 and not args.protocol:
         parser.error("--downscale: only with --protocol adcvsr")
     return args
 
 
+def clips_in(path: Path) -> list[Path]:
+    """The clips that an input names: itself, or, for a folder that holds videos, those."""
+    clips = sorted(p for p in path.iterdir() if p.suffix.lower() in CLIPS) if path.is_dir() else []
+    return clips or [path]
+
+
 def main() -> None:
     args = parse()
-    process(args.input, None, args)
+    clips = [clip for path in args.input for clip in clips_in(path)]
+    several = len(clips) > 1 or clips != args.input
+    if several and args.output:
+        if args.output.suffix:
+            raise UserError(f"{args.output}: several inputs need a folder as their -o.")
+        args.output.mkdir(parents=True, exist_ok=True)
+    net, failed = None, 0
+    for clip in clips:
+        output = args.output
+        if several and output:
+            output = output / f"{clip.stem}_x4{clip.suffix if clip.suffix in VIDEO_FORMATS else '.mp4'}"
+        try:
+            net = process(clip, output, net, args) or net
+        except torch.OutOfMemoryError as error:
+            way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
+            raise UserError(f"{clip}: out of GPU memory with a single frame. {way_out}") from error
+        except KeyboardInterrupt:
+            print(
+                "interrupted; the same command goes on with the segments that are finished", file=sys.stderr
+            )
+            raise
+        except UserError as error:
+            if len(clips) == 1:
+                raise
+            failed += 1  # the other clips are not to blame
+            print(f"error: {error}", file=sys.stderr)
+    if failed:
+        raise UserError(f"{failed} of {len(clips)} clips could not be upscaled.")
 
 
 if __name__ == "__main__":

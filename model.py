@@ -11,9 +11,10 @@ Every spatial layer sees frames one by one, "(b t) c h w"; only `TemporalConv` l
 That makes a video of any length one stream of chunks: see `Memory`, the only place that knows about chunks.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ from runtime import UserError
 SCALE = 4  # output size over input size
 UNSHUFFLE = 2  # pixel-unshuffle factor: the UNet works at half the LR size          AdcSR Sec. 3.2
 KEEP = 0.75  # share of SD2.1's UNet channels that is kept                          AdcSR Sec. 3.2
-KEEP_DECODER = 0.5  # the same for SD2.1's VAE decoder: the "half decoder"          AdcSR Sec. 3.2
 GROUPS = (32, 24, 16, 12, 8, 6, 4, 2, 1)  # GroupNorm: the first that divides the kept channels    AdcSR
 
 PRESETS = {
@@ -43,7 +43,7 @@ PRESETS = {
         temporal="layer",
         pixel_skip=False,
     ),
-    # The same topology for two CPU cores. No attention on the fine grids: it grows with the square of the frame.
+    # The same topology for two CPU cores. No attention on fine grids: it grows with the square of the frame.
     "tiny": dict(
         unet_channels=[64, 128, 128, 128],
         heads=[1, 2, 2, 2],
@@ -66,12 +66,12 @@ def kept(channels: int) -> int:
     return int(KEEP * channels)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Time: what a stream remembers, the temporal convolution, the temporal residual block
 
 
 class Memory:
-    """What a stream of chunks remembers between two chunks. Never changed in place: every chunk makes a new one.
+    """What a stream remembers between two chunks. Never changed in place: every chunk makes its own.
 
     A convolution over time gives frame i once it has frame i+1, so it holds one frame back, and whatever
     ran ahead of it, a residual or a UNet skip, waits in a queue. Nothing is computed twice:
@@ -83,37 +83,33 @@ class Memory:
     Zeros stand beyond the clip's own two ends, at each convolution's own input. A whole clip is the stream of
     one chunk that is the first and the last: nothing is held, nothing waits.
 
-    batch: clips b; past: what the chunk before held; closing: which convolutions, counted in their order in the
-    network, learn in this chunk that their input has ended.
+    batch: clips b; past: what the chunk before held; closing: which convolutions, counted in their order in
+    the network, learn in this chunk that their input has ended.
     """
 
-    WHOLE_CLIP = range(sys.maxsize)
-
-    def __init__(self, batch: int, past: dict | None = None, closing: range = WHOLE_CLIP):
+    def __init__(self, batch: int, past: dict | None = None, closing: range = range(sys.maxsize)):
         self.batch, self.past, self.closing = batch, past or {}, closing
         self.held: dict = {}  # becomes the next chunk's past
         self.convs = 0  # temporal convolutions met so far in this chunk
 
     def with_neighbours(self, conv: nn.Module, x: Tensor) -> Tensor:
-        """x (b t c h w) -> (b t' c h w): the two frames before it in front, a zero frame at each end of the clip."""
-        edge = torch.zeros_like(x[:, :1]) if x.shape[1] else x.new_zeros(x.shape[0], 1, *x.shape[2:])
+        """x (b c t n) -> (b c t' n): the two frames before it in front, a zero frame at the clip's ends."""
         ends = self.convs in self.closing
         self.convs += 1
-        x = torch.cat([self.past.get(conv, edge), x, edge] if ends else [self.past.get(conv, edge), x], dim=1)
+        x = F.pad(x, (0, 0, conv not in self.past, ends))
+        if conv in self.past:
+            x = torch.cat([self.past[conv], x], dim=2)
         if not ends:
-            self.held[conv] = x[:, -2:]
+            self.held[conv] = x[:, :, -2:].clone()
         return x
 
     def wait(self, key, early: Tensor, t: int) -> Tensor:
-        """The next t frames of a branch that ran ahead; early and result (b*t c h w)."""
+        """The next t frames of a branch that ran ahead: early (b*t' c h w) -> (b*t c h w)."""
+        early = rearrange(early, "(b t) c h w -> b t c h w", b=self.batch)
         if key in self.past:
-            early = torch.cat([self.past[key], rearrange(early, "(b t) c h w -> b t c h w", b=self.batch)], dim=1)
-        elif early.shape[0] == self.batch * t:
-            return early
-        else:
-            early = rearrange(early, "(b t) c h w -> b t c h w", b=self.batch)
+            early = torch.cat([self.past[key], early], dim=1)
         if early.shape[1] > t:
-            self.held[key] = early[:, t:]
+            self.held[key] = early[:, t:].clone()
         return rearrange(early[:, :t], "b t c h w -> (b t) c h w")
 
     def nbytes(self) -> int:
@@ -132,11 +128,12 @@ class TemporalConv(nn.Conv1d):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         h, w = x.shape[-2:]
-        x = memory.with_neighbours(self, rearrange(x, "(b t) c h w -> b t c h w", b=memory.batch))
-        if x.shape[1] < self.kernel_size[0]:
-            return rearrange(x[:, :0], "b t c h w -> (b t) c h w")  # no frame has both neighbours yet
-        # As a 2D convolution over a (t, h w) picture: the same numbers, no transposed copy of the clip.
-        x = F.conv2d(rearrange(x, "b t c h w -> b c t (h w)"), self.weight[..., None], self.bias)
+        # As a 2D convolution over a picture of t rows and h*w columns: the same numbers, no transposed copy.
+        x = memory.with_neighbours(self, rearrange(x, "(b t) c h w -> b c t (h w)", b=memory.batch))
+        if x.shape[2] < 3:
+            x = x[:, :, :0]  # no frame has both neighbours yet
+        else:
+            x = F.conv2d(x, self.weight[..., None], self.bias)
         return rearrange(x, "b c t (h w) -> (b t) c h w", h=h, w=w)
 
 
@@ -165,13 +162,15 @@ class NoTemporalBlock(nn.Module):
         return x
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Space: the layers of SD2.1, frame by frame, under diffusers' parameter names
 
 
 def group_norm(channels: int, config: dict, eps: float) -> nn.GroupNorm:
-    """GroupNorm whose groups follow from the width: 24 for 240 and 720 channels, 32 for 480, 960, 1440, 1920."""
-    return nn.GroupNorm(next(g for g in GROUPS if g <= config["norm_groups"] and channels % g == 0), channels, eps)
+    """GroupNorm with groups that follow from the width: 24 for 240 and 720 channels, 32 for 480, 960, ..."""
+    return nn.GroupNorm(
+        next(g for g in GROUPS if g <= config["norm_groups"] and channels % g == 0), channels, eps
+    )
 
 
 class ResnetBlock(nn.Module):
@@ -203,8 +202,10 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (rearrange(f(x), "n l (m d) -> n m l d", m=self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        # Softmax scale d^-0.5 of the pruned head (48 at full size): what AdcSR's released weights were trained with.
+        q, k, v = (
+            rearrange(f(x), "n l (m d) -> n m l d", m=self.heads) for f in (self.to_q, self.to_k, self.to_v)
+        )
+        # Softmax scale d^-0.5 of the pruned head (d = 48 at full size), as AdcSR's weights were trained with.
         x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(x, "n m l d -> n l (m d)"))
 
@@ -222,7 +223,9 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
+        self.net = nn.Sequential(
+            GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -291,7 +294,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The pruned UNet: four down blocks, a mid block, four up blocks, temporal blocks in between
 
 
@@ -353,7 +356,7 @@ class UpBlock(UNetBlock):
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
     def forward(self, x: Tensor, skips: list[Tensor], memory: Memory) -> Tensor:
-        """skips: one for each resnet, in the order in which the down path made them; the last is used first."""
+        """skips: one for each resnet, in the order in which the down path made them; the last goes first."""
         for i, skip in enumerate(reversed(skips)):
             skip = memory.wait((self, i), skip, x.shape[0] // memory.batch)
             x = self.layer(i, torch.cat([x, skip], dim=1), memory)
@@ -394,7 +397,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c, config["decoder_channels"][-1], 3, padding=1)
 
     def forward(self, x: Tensor, memory: Memory, conv_in: nn.Module | None = None) -> Tensor:
-        """conv_in: another first layer for another kind of input (the feature discriminator brings its own)."""
+        """conv_in: another first layer for another kind of input (the feature discriminator has its own)."""
         x = (conv_in or self.conv_in)(x)
         skips = [x]
         for block in self.down_blocks:
@@ -407,7 +410,7 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The half VAE decoder: mid block (its output is the feature f_S) and tail, strictly frame by frame
 
 
@@ -460,7 +463,7 @@ class HalfDecoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(features)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The whole student
 
 
@@ -468,12 +471,12 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
     """The AdcVSR student: lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]. Paper: Sec. 3.2.
 
     Any h, w, t >= 1. Frames are padded inside to a multiple of 16 and the result is cropped to exactly 4x.
-    Arguments are plain JSON values (`PRESETS`); `from_pretrained` and `save_pretrained` come from the Hub mixin
-    (`config.json` and `model.safetensors` in a folder, or a hub id).
+    Arguments are plain JSON values (`PRESETS`); `from_pretrained` and `save_pretrained` come from the Hub
+    mixin: a folder with `config.json` and `model.safetensors`, or a hub id.
 
-    unet_channels, heads, attention: per level, SD2.1's widths before pruning; decoder_channels: the half decoder's,
-    fine to coarse; temporal: "layer" (38 temporal blocks, the 0.57 B of the paper's Table 1), "block" (9), "none"
-    (AdcSR); pixel_skip: add the bicubic x4 of the input to the output.
+    unet_channels, heads, attention: for each level, SD2.1's widths before pruning; decoder_channels: the half
+    decoder's, fine to coarse; temporal: "layer" (38 temporal blocks, the 0.57 B of the paper's Table 1),
+    "block" (9), "none" (AdcSR); pixel_skip: add the bicubic x4 of the input to the output.
     """
 
     MULTIPLE = 16  # 2 from the unshuffle, 8 from three downsamplings
@@ -490,20 +493,23 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         temporal: str = "layer",
         pixel_skip: bool = False,
     ):
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        # Choice: the paper's "after each UNet block" reads both ways; "layer" is the one that gives its 0.57 B.
+        # Choice: "after each UNet block" reads both ways; "layer" is what gives the paper's 0.57 B.
         if temporal not in ("layer", "block", "none"):
             raise ValueError(f'temporal={temporal!r}: give "layer", "block" or "none"')
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.pixel_skip = pixel_skip
-        self.unet = UNet(config)
-        self.decoder = HalfDecoder(config)
+        self.unet = UNet(self.config)
+        self.decoder = HalfDecoder(self.config)
         if pixel_skip:  # Choice: the untrained network is the bicubic x4.
             nn.init.zeros_(self.decoder.conv_out.weight)
             nn.init.zeros_(self.decoder.conv_out.bias)
 
     def forward(self, lr: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """A whole clip: lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w), features f_S (b t c h/2 w/2), padded size."""
+        """A whole clip: lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w).
+
+        With return_features also f_S (b t c h/2 w/2), the decoder mid block's output, at the padded size.
+        """
         b, _, _, h, w = lr.shape
         features, skip = self.encode(lr, Memory(batch=b))
         sr = torch.cat(list(self.decode(features, skip)))
@@ -512,47 +518,62 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
 
     @torch.no_grad()
     def stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A clip of any length, chunk by chunk: lr chunks (b t_i 3 h w) -> sr (b t_j 3 4h 4w), in order.
+        """A clip of any length: chunks (b t_i 3 h w) -> results (b t_j 3 4h 4w), both iterators, in order.
 
-        Equal to `forward` of the whole clip, whatever the chunks; memory does not depend on the clip's length.
-        The first result comes once `lag + 1` frames are in; at the end the frames still inside flow out.
+        Equal to `forward` of the whole clip, whatever the chunks; memory does not grow with its length.
+        The first result comes once `lag` + 1 frames are in; at the end the frames still inside flow out.
+        A chunk that does not fit into GPU memory is halved and tried again; a single frame that does not fit
+        raises torch.OutOfMemoryError.
         """
-        memory, chunk = None, None
+        past, chunk = None, None
         for chunk in chunks:
-            past = memory.held if memory else None
-            memory = Memory(chunk.shape[0], past, closing=range(0))
-            yield from self.step(chunk, memory)
+            pieces = [chunk]
+            while pieces:
+                memory = Memory(chunk.shape[0], past, closing=range(0))
+                try:
+                    ready = self.encode(pieces[0], memory)
+                except torch.OutOfMemoryError:
+                    if pieces[0].shape[1] == 1:
+                        raise
+                    pieces[:1] = pieces[0].chunk(2, dim=1)  # the memory of the chunk before is untouched
+                    continue
+                pieces, past = pieces[1:], memory.held
+                yield from self.finish(*ready, chunk.shape)
         if chunk is None:
             return
-        # The clip has ended. Convolutions learn it in their order, as many at a time as a chunk has frames, so
-        # that what flows out comes in pieces no larger than a chunk.
-        size = max(1, chunk.shape[1])
-        for start in range(0, self.lag, size):
-            memory = Memory(chunk.shape[0], memory.held, closing=range(start, start + size))
-            yield from self.step(chunk[:, :0], memory)
-
-    def step(self, chunk: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """One chunk of a stream (b t 3 h w) -> what becomes ready, (b t_j 3 4h 4w) a few frames at a time."""
-        b, _, _, h, w = chunk.shape
-        features, skip = self.encode(chunk, memory)
-        # With several clips, group whole frames of all of them.
-        features = rearrange(features, "(b t) c h w -> t b c h w", b=b)
-        skip = rearrange(skip, "(b t) c h w -> t b c h w", b=b)
-        for f, s in zip(features.split(self.TAIL_FRAMES), skip.split(self.TAIL_FRAMES)):
-            if len(f):
-                sr = torch.cat(list(self.decode(f.flatten(0, 1), s.flatten(0, 1))))
-                yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
+        # The clip has ended. Convolutions learn it in their order, as many at a time as a chunk has frames,
+        # so that what flows out comes in pieces no larger than a chunk.
+        start, size = 0, max(1, chunk.shape[1])
+        while start < self.lag:
+            memory = Memory(chunk.shape[0], past, closing=range(start, start + size))
+            try:
+                ready = self.encode(chunk[:, :0], memory)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                continue
+            start, past = start + size, memory.held
+            yield from self.finish(*ready, chunk.shape)
 
     @property
     def lag(self) -> int:
-        """Frames that a stream holds back: one for each temporal convolution on the path."""
+        """Frames that a stream holds back: one for each temporal convolution, all on one path."""
         return sum(isinstance(m, TemporalConv) for m in self.unet.modules())
 
+    def queue_bytes(self, h: int, w: int) -> int:
+        """Bytes that a stream of (h, w) frames keeps between two chunks, in this network's dtype."""
+        with torch.device("meta"):
+            twin = AdcVSR(**self.config).to(self.unet.conv_in.weight.dtype)
+            memory = Memory(1, closing=range(0))
+            twin.encode(torch.empty(1, self.lag + 2, 3, h, w), memory)
+        return memory.nbytes()
+
     def encode(self, lr: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """lr (b t 3 h w) -> features (b*t' c h/2 w/2) and the padded frames (b*t' 3 h w) that they belong to."""
+        """lr (b t 3 h w) -> features (b*t' c h/2 w/2) and the padded frames (b*t' 3 h w) they belong to."""
         x = pad_to_multiple(rearrange(lr, "b t c h w -> (b t) c h w"), self.MULTIPLE)
-        y = rearrange(x.to(self.unet.conv_in.weight.dtype), "n c (h p) (w q) -> n (c p q) h w", p=UNSHUFFLE, q=UNSHUFFLE)
-        y = self.unet(y, memory).contiguous()  # in the decoder its own weights choose the memory format
+        y = rearrange(x, "n c (h p) (w q) -> n (c p q) h w", p=UNSHUFFLE, q=UNSHUFFLE)
+        y = self.unet(y.to(self.unet.conv_in.weight.dtype), memory).contiguous()
         features = maybe_checkpoint(self.unet.checkpointing, self.decoder.mid_block, y)
         return features, memory.wait("lr", x, y.shape[0] // memory.batch)
 
@@ -564,124 +585,125 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
                 sr = sr + F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")
             yield sr
 
-    # -----------------------------------------------------------------------------------------------------------
+    def finish(self, features: Tensor, lr: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+        """What `encode` made ready, for clips of `shape` (b _ _ h w) -> (b t_j 3 4h 4w), piece by piece."""
+        b, _, _, h, w = shape
+        # Time in front, so that each piece holds whole frames of all clips.
+        features, lr = (rearrange(x, "(b t) c h w -> t b c h w", b=b) for x in (features, lr))
+        for f, x in zip(features.split(self.TAIL_FRAMES), lr.split(self.TAIL_FRAMES)):
+            if len(f):
+                sr = torch.cat(list(self.decode(f.flatten(0, 1), x.flatten(0, 1))))
+                yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
+
+    # --------------------------------------------------------------------------------------------------
     # Weights from elsewhere
 
     @classmethod
-    def from_adcsr(cls, net_params: str | Path, half_decoder: str | Path, trust_pickle: bool = False, **overrides):
-        """The student from AdcSR's official pair `net_params_200.pkl` (UNet, mid block), `halfDecoder.ckpt` (tail).
+    def from_adcsr(
+        cls, net_params: str | Path, half_decoder: str | Path, trust_pickle: bool = False, **config
+    ):
+        """The student from AdcSR's official `net_params_200.pkl` (UNet, mid block) and `halfDecoder.ckpt`.
 
         Both are checked key by key. Temporal blocks, if any, start as the identity. Raises `WeightsError`.
         """
-        net = cls(**{**PRESETS["full"], **overrides})
+        net = cls(**{**PRESETS["full"], **config})
         own = {k: v for k, v in net.state_dict().items() if ".temporal_" not in k}
-        official = {"unet.": "body.1.", "decoder.mid_block.": "body.2."}
-        expected = {
-            new + k.removeprefix(old): (k, v.shape) for old, new in official.items() for k, v in own.items() if k.startswith(old)
-        }
-        state = {k.removeprefix("module."): v for k, v in read_pickle(net_params, trust_pickle).items()}
-        state = {k: v for k, v in state.items() if not k.startswith("body.1.body.")}  # aliases of the same tensors
-        weights = checked(net_params, state, expected)
 
-        decoder = read_pickle(half_decoder, trust_pickle)
-        decoder = decoder.get("state_dict", decoder)
-        decoder = {k.removeprefix("decoder."): v for k, v in decoder.items() if k.startswith("decoder.")}
-        expected = {k.removeprefix("decoder."): (k, v.shape) for k, v in own.items() if k.startswith("decoder.")}
-        width = net.unet.conv_out.out_channels
-        expected |= {"conv_in.weight": ("", (width, 4, 3, 3)), "conv_in.bias": ("", (width,))}  # read, not used
-        tail = checked(half_decoder, decoder, expected)
-        # The mid block comes from net_params, which trained it; halfDecoder.ckpt has the frozen original.
-        weights = {k: v for k, v in tail.items() if k} | weights
-        net.load_state_dict({**net.state_dict(), **weights})
+        state = {k.removeprefix("module."): v for k, v in read_pickle(net_params, trust_pickle).items()}
+        state = {k: v for k, v in state.items() if not k.startswith("body.1.body.")}  # aliases of the others
+        names = {"unet.": "body.1.", "decoder.mid_block.": "body.2."}
+        theirs = {a + k.removeprefix(o): k for o, a in names.items() for k in own if k.startswith(o)}
+        check(net_params, state, {k: own[ours].shape for k, ours in theirs.items()})
+
+        tail = read_pickle(half_decoder, trust_pickle)
+        tail = {k: v for k, v in tail.get("state_dict", tail).items() if k.startswith("decoder.")}
+        width = net.unet.conv_out.out_channels  # the decoder's first convolution is in the file, but not used
+        shapes = {"decoder.conv_in.weight": (width, 4, 3, 3), "decoder.conv_in.bias": (width,)}
+        check(half_decoder, tail, shapes | {k: v.shape for k, v in own.items() if k.startswith("decoder.")})
+
+        # The mid block is net_params', which trained it; halfDecoder.ckpt has the frozen original.
+        tail = {k: v for k, v in tail.items() if k in own}
+        net.load_state_dict(net.state_dict() | tail | {ours: state[k] for k, ours in theirs.items()})
         return net
 
     @classmethod
-    def from_sd(cls, unet: nn.Module, vae: nn.Module, **overrides):
-        """The pruned start from SD2.1: the first channels of everything, by AdcSR's rule, no importance score.
+    def from_sd(cls, unet: nn.Module, vae: nn.Module, **config):
+        """The pruned start from SD2.1: the first channels of everything, by AdcSR's rule.
 
-        unet, vae: diffusers' `UNet2DConditionModel` and `AutoencoderKL`; left unchanged. Raises `WeightsError`.
+        unet, vae: diffusers' `UNet2DConditionModel`, `AutoencoderKL`, left unchanged. Raises `WeightsError`.
         """
-        net = cls(**{**PRESETS["full"], **overrides})
+        net = cls(**{**PRESETS["full"], **config})
         source = {f"unet.{k}": v for k, v in unet.state_dict().items()}
         source |= {k: v for k, v in vae.state_dict().items() if k.startswith("decoder.")}
-        # conv_in sees 16 = 4 x 4 channels (12 are kept), conv_out makes 342 rows (256 are kept) out of SD2.1's 4.
-        for key, axis in {"unet.conv_in.weight": 1, "unet.conv_out.weight": 0, "unet.conv_out.bias": 0}.items():
-            if key in source:
-                n = net.get_parameter(key).shape[axis]
-                source[key] = torch.cat([source[key]] * -(-n // source[key].shape[axis]), dim=axis)
+        # SD2.1's 4 latent channels are repeated: conv_in sees 16 (12 kept), conv_out makes 342 (256 kept).
+        for key, axis in ("unet.conv_in.weight", 1), ("unet.conv_out.weight", 0), ("unet.conv_out.bias", 0):
+            n = net.get_parameter(key).shape[axis]
+            source[key] = torch.cat([source[key]] * -(-n // source[key].shape[axis]), dim=axis)
         for key, own in net.state_dict().items():
             if ".temporal_" in key or (net.pixel_skip and key.startswith("decoder.conv_out")):
                 continue
-            if key not in source or any(n < m for n, m in zip(source[key].shape, own.shape)):
-                raise WeightsError(f"SD2.1: {key} is missing or too small. Give Stable Diffusion 2.1's unet and vae.")
+            shape = source[key].shape if key in source else ()
+            if len(shape) != own.ndim or any(n < m for n, m in zip(shape, own.shape)):
+                raise WeightsError(
+                    f"{key} is missing or too small. Give Stable Diffusion 2.1's unet and vae."
+                )
             own.copy_(source[key][tuple(slice(n) for n in own.shape)])
         return net
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, **kwargs):
+    def from_pretrained(cls, folder_or_id: str | Path, **options):
         """The Hub mixin's loader, strict, with every failure in one line (`WeightsError`)."""
-        from safetensors import SafetensorError
-
         try:
-            config = Path(model_id) / "config.json"
-            if Path(model_id).is_dir() and not config.is_file():
-                raise FileNotFoundError(config)
-            return super()._from_pretrained(model_id=model_id, **{**kwargs, "strict": True})
-        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            with redirect_stdout(StringIO()):  # the mixin prints where it reads from
+                return super().from_pretrained(folder_or_id, **{**options, "strict": True})
+        except Exception as error:  # missing, damaged, of another network, unreachable: many kinds
             reason = " ".join(str(error).split())[:200]
-            raise WeightsError(f"{model_id}: cannot load AdcVSR weights ({reason}). Give a folder or a hub id.") from error
+            way_out = "Give a folder with config.json and model.safetensors, or a hub id."
+            raise WeightsError(f"{folder_or_id}: cannot load AdcVSR weights ({reason}). {way_out}") from error
 
 
 def maybe_checkpoint(on: bool, function, *args):
-    """function(*args); with `on`, its inner activations are recomputed in the backward pass instead of kept."""
+    """function(*args); with `on`, the backward pass recomputes its activations instead of keeping them."""
     if on and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """x (n c h w) padded at the right and bottom by reflection, by replication where x is too small for that."""
+    """x (n c h w) padded right and below by reflection, by replication where x is too small for that."""
     h, w = x.shape[-2:]
-    for size, pad in ((w, lambda n: (0, n)), (h, lambda n: (0, 0, 0, n))):
-        n = -size % multiple
-        if n:
-            x = F.pad(x, pad(n) if len(pad(n)) == 4 else (*pad(n), 0, 0), mode="reflect" if n < size else "replicate")
-    return x
+    right, below = -w % multiple, -h % multiple
+    x = F.pad(x, (0, right, 0, 0), mode="reflect" if right < w else "replicate")
+    return F.pad(x, (0, 0, 0, below), mode="reflect" if below < h else "replicate")
 
 
 def read_pickle(path: str | Path, trust: bool) -> dict:
     """A PyTorch pickle; without `trust` nothing in it is executed. Raises `WeightsError`."""
-    import pickle
-
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file. AdcSR's weights are linked in its repository's README.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        if trust:
-            raise WeightsError(f"{path}: not a PyTorch checkpoint. Is the download complete?") from error
-        raise WeightsError(
-            f"{path}: holds Python objects beside tensors. If you trust its source, add --trust-pickle."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such file. AdcSR's repository says where to download it.") from error
+    except Exception as error:  # a pickle can fail in any way
+        if "Unsupported global" in str(error):
+            way_out = "If you trust its source, add --trust-pickle."
+            raise WeightsError(f"{path}: holds Python objects beside tensors. {way_out}") from error
         raise WeightsError(f"{path}: not a PyTorch checkpoint. Is the download complete?") from error
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights.")
     return state
 
 
-def checked(path: str | Path, state: dict, expected: dict) -> dict[str, Tensor]:
-    """state under our names, if its keys and shapes are exactly the expected {their key: (our key, shape)}."""
-    missing = sorted(expected.keys() - state.keys())
-    extra = sorted(state.keys() - expected.keys())
-    wrong = [
-        f"{k} is {tuple(state[k].shape)}, expected {tuple(shape)}"
-        for k, (_, shape) in expected.items()
-        if k in state and tuple(state[k].shape) != tuple(shape)
-    ]
-    faults = [f"{len(x)} {what} ({', '.join(x[:3])}{', ...' if len(x) > 3 else ''})"
-              for x, what in ((missing, "keys missing"), (extra, "unknown keys"), (wrong, "wrong shapes")) if x]
+def check(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises `WeightsError`, one line, unless state has exactly the keys of `shapes`, of these shapes."""
+    wrong = [k for k in state.keys() & shapes.keys() if tuple(state[k].shape) != tuple(shapes[k])]
+    wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(shapes[k])}" for k in sorted(wrong)]
+    faults = {
+        "missing": sorted(shapes.keys() - state.keys()),
+        "unknown": sorted(state.keys() - shapes.keys()),
+    }
+    faults = {name: keys for name, keys in (faults | {"of the wrong shape": wrong}).items() if keys}
     if faults:
-        raise WeightsError(f"{path}: {'; '.join(faults)}. Is this AdcSR's official file?")
-    return {ours: state[k] for k, (ours, _) in expected.items()}
+        named = "; ".join(
+            f"{len(v)} keys {k} ({', '.join(v[:3])}{', ...' * (len(v) > 3)})" for k, v in faults.items()
+        )
+        raise WeightsError(f"{path}: {named}. Is this AdcSR's official file?")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Errors
 
 
@@ -38,7 +38,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Process group and seeds
 
 
@@ -84,15 +84,14 @@ def init_world() -> World:
     return World(0, 1, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Flags
 
 
 def parse_config(presets: dict[str, typing.Any], description: str | None, argv: list[str] | None = None):
     """A configuration from the command line: `--preset NAME`, then a flag for every field of the dataclass.
 
-    The default preset is the first. Fields' comments are not visible here: each field carries its help text in
-    `metadata["help"]` (see `setting`).
+    The default preset is the first. A field's help text is in its metadata (see `setting`).
     """
     first = next(iter(presets))
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -109,7 +108,9 @@ def parse_config(presets: dict[str, typing.Any], description: str | None, argv: 
             parser.add_argument(flag, type=plain_type(field.type), default=None, help=help_text)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     config = presets[given.pop("preset")]
-    return dataclasses.replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return dataclasses.replace(
+        config, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    )
 
 
 def plain_type(hint) -> type:
@@ -124,7 +125,7 @@ def setting(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Checkpoints: folders step_000123/, written aside and renamed, so that a half-written one is never seen
 
 
@@ -135,7 +136,7 @@ def newest_checkpoint(out: str | Path) -> Path | None:
 
 
 def save_checkpoint(out: str | Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Calls write(folder) on a temporary folder, then renames it to out/step_N; keeps the last `keep` ones."""
+    """Calls write(folder) on a temporary folder, renames it to out/step_N, keeps the last `keep` ones."""
     out = Path(out)
     final, partial = out / f"step_{step:06d}", out / f".step_{step:06d}.partial"
     try:
@@ -149,7 +150,9 @@ def save_checkpoint(out: str | Path, step: int, write: Callable[[Path], None], k
         os.replace(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{final}: cannot save ({error.strerror}). Earlier checkpoints are intact.") from error
+        raise UserError(
+            f"{final}: cannot save ({error.strerror}). Earlier checkpoints are intact."
+        ) from error
     older = sorted((p for p in out.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
     for path in older[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
@@ -157,7 +160,7 @@ def save_checkpoint(out: str | Path, step: int, write: Callable[[Path], None], k
 
 
 def load_training_state(folder: Path, config, may_change: frozenset[str]) -> dict:
-    """train.pt of a checkpoint. Raises `UserError` if a setting that changes the result differs from `config`."""
+    """train.pt of a checkpoint. `UserError` if a setting that changes the result differs from `config`."""
     state = torch.load(folder / "train.pt", map_location="cpu", weights_only=True)
     saved, now = state["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [k for k in now if k not in may_change and saved.get(k) != now[k]]

@@ -1,10 +1,10 @@
-"""Stage 1: the student learns to reproduce its target by regression (paper Sec. 3.3, Appendix A, Algorithm 1).
+"""Stage 1: the student learns its target by regression (paper Sec. 3.3, Appendix A, Algorithm 1).
 
-    clip_hr --degrade--> clip_lr --student--> clip_sr          loss = lambda_pixel L1(clip_sr, target)     Eq. 1, 2
+    clip_hr --degrade--> clip_lr --student--> clip_sr       loss = lambda_pixel L1(clip_sr, target)   Eq. 1, 2
        '------------------------- target (--teacher gt: the paper's row "No Teacher (HR GT Only)")
 
-    python train_stage1.py --preset tiny --videos FOLDER --images FOLDER     trains the weights in weights/tiny
-    python train_stage1.py --preset smoke                                    the same path in a minute, no files
+    python train_stage1.py --preset tiny --videos FOLDER --images FOLDER   trains the weights in weights/tiny
+    python train_stage1.py --preset smoke                                  the same path, a minute, no files
 
 The same command again resumes; Ctrl-C saves first.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import model
-from data import TrainingClips, loader, validation_clips
+from data import ClipPool, TrainingClips, loader, validation_clips
 from metrics import psnr
 from model import AdcVSR
 from runtime import (
@@ -39,7 +39,7 @@ from runtime import (
 )
 from video import to_network, to_uint8
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # Config
 
 
@@ -50,11 +50,18 @@ class Config:
     images: str = setting("datasets/images", "training photos: a folder, a list file")
     procedural: float = setting(0.1, "share of clips from the procedural world")
     degradation: str = setting("realbasicvsr", "realbasicvsr or dove")
-    frames: int = setting(6, "clip length t; the paper's is 25")
-    size: int = setting(256, "side of the HR crop in pixels; the paper's is 512")
-    batch: int = setting(3, "clips a step, over all processes; the paper's is 8")
+    sharpen: bool = setting(False, "unsharp-masked HR, as RealBasicVSR trains with")
+    stride: int = setting(1, "source frames from one frame of a clip to the next")
+    frames: int = setting(4, "clip length t; the paper's is 25")
+    size: int = setting(192, "side of the HR crop in pixels; the paper's is 512")
+    batch: int = setting(9, "clips a step, over all processes; the paper's is 8")
+    pool: int = setting(600, "clips made once, of which the batches are random pieces; 0: every clip new")
+    pool_frames: int = setting(12, "frames of a clip in the pool")
+    pool_size: int = setting(256, "side of a clip in the pool")
     steps: int = setting(4000, "optimiser steps; the paper's are 200K")
-    lr: float = setting(3e-4, "Adam's learning rate; the paper's is 1e-4 for a network that starts from SD2.1")
+    lr: float = setting(
+        3e-4, "Adam's learning rate; the paper's is 1e-4 for a network that starts from SD2.1"
+    )
     halve_at: tuple[int, ...] = setting((), "steps after which the learning rate halves; the paper's is 100K")
     lambda_pixel: float = setting(0.1, "weight of the pixel loss, Eq. 1")
     seed: int = setting(0, "seed of the initial weights and of the data")
@@ -64,7 +71,7 @@ class Config:
     log_every: int = setting(10, "steps between two lines of the log")
     validate_every: int = setting(250, "steps between validations on held-out clips")
     validation_videos: int = setting(8, "held-out clips looked at")
-    workers: int = setting(1, "processes that load data")
+    workers: int = setting(2, "processes that load data")
 
 
 MAY_CHANGE = frozenset(  # settings that a resumed run may change: they leave the weights as they are
@@ -75,12 +82,12 @@ MAY_CHANGE = frozenset(  # settings that a resumed run may change: they leave th
 PRESETS = {
     "tiny": Config(),
     "smoke": replace(
-        Config(), frames=4, size=64, batch=2, steps=12, procedural=1.0, out="runs/smoke1",
+        Config(), frames=4, size=64, batch=2, steps=12, procedural=1.0, pool=0, out="runs/smoke1",
         save_every=6, log_every=2, validate_every=12, workers=0,
     ),
 }  # fmt: skip
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # One step
 
 
@@ -116,13 +123,15 @@ def validate(student: AdcVSR, clips: list) -> dict[str, float]:
     return {"psnr": sum(ours) / len(ours), "psnr_bicubic": sum(bicubic) / len(bicubic)}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------
 # The run
 
 
 def batches(cfg: Config, world: World, clips: TrainingClips, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(clip_lr, clip_hr) of this rank in [-1, 1], from update `start` + 1 on."""
-    for batch in loader(clips, start, cfg.steps, world.rank, world.size, cfg.batch, cfg.workers):
+    for batch in loader(
+        clips, start, cfg.steps, world.rank, world.size, cfg.batch, 0 if cfg.pool else cfg.workers
+    ):
         yield tuple(to_network(batch[k].to(world.device, non_blocking=True)) for k in ("lr", "hr"))
 
 
@@ -138,7 +147,19 @@ def main(cfg: Config) -> None:
     # optimisers
     optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
     # data
-    clips = TrainingClips(cfg.videos, cfg.images, cfg.frames, cfg.size, cfg.seed, cfg.degradation, cfg.procedural)
+    whole = (cfg.pool_frames, cfg.pool_size) if cfg.pool else (cfg.frames, cfg.size)
+    clips = TrainingClips(
+        cfg.videos,
+        cfg.images,
+        *whole,
+        cfg.seed,
+        cfg.degradation,
+        cfg.procedural,
+        cfg.stride,
+        sharpen=cfg.sharpen,
+    )
+    if cfg.pool:
+        clips = ClipPool(clips, cfg.pool, cfg.frames, cfg.size, cfg.workers)
     held_out = []
     if world.is_main and cfg.procedural < 1:
         held_out = list(validation_clips(cfg.videos, cfg.images))[:: max(1, 19 // cfg.validation_videos)]
@@ -152,14 +173,20 @@ def main(cfg: Config) -> None:
 
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
-        state = {"step": step, "config": json.loads(json.dumps(asdict(cfg))), "optimiser": optimiser.state_dict()}
+        state = {
+            "step": step,
+            "config": json.loads(json.dumps(asdict(cfg))),
+            "optimiser": optimiser.state_dict(),
+        }
         torch.save(state, folder / "train.pt")
 
     # loop
     log, stop = Log(out / "log.jsonl", world.is_main), StopSignal()
     if world.is_main:
         size = sum(p.numel() for p in student.parameters()) / 1e6
-        print(f"student {cfg.student} {size:.2f} M parameters | {world.size} x {world.device} | from step {step}")
+        print(
+            f"student {cfg.student} {size:.2f} M parameters | {world.size} x {world.device} | at step {step}"
+        )
     waited, since = 0.0, time.perf_counter()
     source, first = batches(cfg, world, clips, step), step
     while step < cfg.steps and not world.any(stop.set):
@@ -176,16 +203,26 @@ def main(cfg: Config) -> None:
             if not all(abs(v) < float("inf") for v in values.values()):
                 raise SystemExit(f"step {step}: a loss is not finite ({values}); the last checkpoint is kept")
             seconds = (time.perf_counter() - since) / (step - first)
-            values |= {"lr": learning_rate(step, cfg), "s_per_step": seconds, "data_wait": waited / (step - first)}
+            values |= {
+                "lr": learning_rate(step, cfg),
+                "s_per_step": seconds,
+                "data_wait": waited / (step - first),
+            }
             log.write(step=step, **values)
             if world.is_main:
                 shown = " ".join(f"{k} {v:.4g}" for k, v in values.items())
-                print(f"step {step}/{cfg.steps} {shown} eta {(cfg.steps - step) * seconds / 60:.0f} min", flush=True)
+                print(
+                    f"step {step}/{cfg.steps} {shown} eta {(cfg.steps - step) * seconds / 60:.0f} min",
+                    flush=True,
+                )
             waited, since, first = 0.0, time.perf_counter(), step
         if held_out and (step % cfg.validate_every == 0 or step == cfg.steps):
             scores = validate(student, held_out)
             log.write(step=step, **scores)
-            print(f"step {step}/{cfg.steps} " + " ".join(f"{k} {v:.3f} dB" for k, v in scores.items()), flush=True)
+            print(
+                f"step {step}/{cfg.steps} " + " ".join(f"{k} {v:.3f} dB" for k, v in scores.items()),
+                flush=True,
+            )
             since, first = time.perf_counter(), step
         if world.is_main and (step % cfg.save_every == 0 or step == cfg.steps or stop.set):
             save_checkpoint(out, step, write, cfg.keep)

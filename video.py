@@ -2,6 +2,7 @@
 
     video | folder of frames | image  --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
     rgb (h w 3) uint8, time           --VideoWriter-->  H.264 video | folder of PNGs | PNG
+    finished segments                 --concatenate-->  one video or folder, without encoding again
 
 Frames pass one by one, so memory does not grow with the clip. The paper mentions none of it, a viewer sees
 all of it: presentation times, upright frames, the right colour matrix, the sound. Frames on disk and in data
@@ -14,24 +15,24 @@ import math
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import av
 import numpy as np
+from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
 from PIL import Image, ImageOps
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from av.container import InputContainer, OutputContainer
-    from av.video.stream import VideoStream
-    from torch import Tensor
+from runtime import UserError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEO_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what H.264 is written to
@@ -39,9 +40,12 @@ FOLDER_RATE = Fraction(25)  # Choice: frames in a folder carry no rate, and a vi
 COMMON_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 60)] + [Fraction(n) for n in (24, 25, 30, 50, 60)]
 RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable one
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
+X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
 MAX_TIMESCALE = 10_000_000  # clock ticks a second; a sample's length in MP4 has 32 bits
 CRF = 16  # Choice: visually transparent, so that the encoder does not hide what the network adds
-PRESET = "medium"  # x264's own default
+# x264 at its default speed, with headers that do not depend on the content, so that segments fit together,
+# and without macroblock trees, which encode some frame sizes differently from run to run.
+X264 = {"preset": "medium", "x264-params": "stitchable=1:mbtree=0"}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
@@ -50,7 +54,7 @@ HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 
 
-class VideoError(ValueError):
+class VideoError(UserError):
     """A clip that cannot be read or written. The message is the one line the user sees."""
 
 
@@ -62,34 +66,6 @@ def to_network(rgb: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Float frames in [-1, 1] of any shape -> uint8: clipped and rounded to nearest, halves up."""
     return (x.float() * 127.5 + 128).floor().clamp(0, 255).byte()
-
-
-# --- colour and pose ------------------------------------------------------------------------------------
-
-
-def _matrix(frame: av.VideoFrame, codec: str) -> int | None:
-    """The matrix that made this frame's YUV from RGB (H.273 number); None where the frame is RGB already."""
-    if frame.format.is_rgb:
-        return None
-    if int(frame.colorspace) in MATRICES:
-        return int(frame.colorspace)
-    # Choice: untagged frames are read as players do (mpv's rule): BT.709 for HD, BT.601 below and for JPEG.
-    hd = (frame.width >= 1280 or frame.height > 576) and codec != "mjpeg"
-    return Colorspace.ITU709 if hd else Colorspace.ITU601
-
-
-def _display_matrix(frame: av.VideoFrame) -> list[int]:
-    """[a, b, c, d] of the container's rotation: the pixel at (x, y) is shown at (a x + c y, b x + d y)."""
-    found = (np.frombuffer(data, np.int32) for data in frame.side_data if data.type.name == "DISPLAYMATRIX")
-    return next(found, np.array([1, 0, 0, 0, 1]))[[0, 1, 3, 4]].tolist()
-
-
-def _upright(rgb: np.ndarray, pose: list[int]) -> np.ndarray:
-    """Apply the nearest of the eight quarter turns and mirrors to rgb (h w 3)."""
-    a, b, c, d = pose
-    if abs(a) < abs(b):
-        rgb, a, d = rgb.swapaxes(0, 1), c, b
-    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 # --- stills ---------------------------------------------------------------------------------------------
@@ -112,7 +88,8 @@ def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
 def _image_size(path: Path, name: str) -> tuple[int, int]:
     """(width, height) as shown, from the header alone."""
     with _open_image(path, name) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+        # EXIF orientations 5 to 8 lie on their side. Asking a PNG without EXIF for it would decode it whole.
+        turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
         return image.size[::-1] if turned else image.size
 
 
@@ -143,15 +120,27 @@ def _open_container(path: Path, name: str) -> InputContainer:
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        what = "not a video or image that can be read" if path.stat().st_size else "the file is empty"
+        empty = path.exists() and not path.stat().st_size
+        what = "the file is empty" if empty else "not a video or image that can be read"
         raise VideoError(f"{name}: {what}. Is the download complete?") from error
+
+
+def _matrix(frame: av.VideoFrame, codec: str) -> int | None:
+    """The matrix that made this frame's YUV from RGB (H.273 number); None where the frame is RGB already."""
+    if frame.format.is_rgb:
+        return None
+    if int(frame.colorspace) in MATRICES:
+        return int(frame.colorspace)
+    # Choice: untagged frames are read as players do (mpv's rule): BT.709 for HD, BT.601 below and for JPEG.
+    hd = (frame.width >= 1280 or frame.height > 576) and codec != "mjpeg"
+    return Colorspace.ITU709 if hd else Colorspace.ITU601
 
 
 def _seconds(stream: VideoStream) -> Fraction:
     """The stream's own length, 0 if its header has none; Matroska keeps it in a tag, 00:00:05.005000000."""
     if stream.duration:
         return stream.duration * stream.time_base
-    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", "0:0:0.0"))
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
     return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) if tag else Fraction(0)
 
 
@@ -182,10 +171,8 @@ class VideoReader:
         self._reformatter = VideoReformatter()
         if not self.path.exists():
             raise VideoError(f"{self.name}: no such file")
-        if self.path.is_dir():
-            self.kind = "folder"
-        else:
-            self.kind = "image" if self.path.suffix.lower() in IMAGE_SUFFIXES else "video"
+        still = self.path.suffix.lower() in IMAGE_SUFFIXES
+        self.kind = "folder" if self.path.is_dir() else "image" if still else "video"
         self._probe_video() if self.kind == "video" else self._probe_images()
 
     def __enter__(self) -> VideoReader:
@@ -198,6 +185,13 @@ class VideoReader:
     def __iter__(self) -> Iterator[Frame]:
         return self._iter_video() if self.kind == "video" else self._iter_images()
 
+    def time_of(self, index: int) -> Fraction:
+        """Presentation time of frame `index`, counted from 0, in seconds."""
+        if self.kind != "video" or self.constant_rate:
+            return index / self.rate
+        times = sorted(self._packet_times(*self._open(), None))
+        return times[index] - self.start_time if index < len(times) else times[-1] - self.start_time + 1
+
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
@@ -208,12 +202,11 @@ class VideoReader:
         if not self._files:
             raise VideoError(f"{self.name}: no frames in this folder (looked for png, jpg, webp, bmp)")
         self.frames = len(self._files)
-        self.height, self.width = _read_image(self._files[0], self._image_name(0)).shape[:2]
+        self.height, self.width = self._image(0).shape[:2]
         for i, file in enumerate(self._files):
-            w, h = _image_size(file, self._image_name(i))
-            if (w, h) != (self.width, self.height):
-                expected = f"expected {self.width}x{self.height}. Use one folder per clip."
-                raise VideoError(f"{self.name}: {file.name} is {w}x{h}, {expected}")
+            if (size := _image_size(file, self._image_name(i))) != (self.width, self.height):
+                found = f"{file.name} is {size[0]}x{size[1]}, expected {self.width}x{self.height}"
+                raise VideoError(f"{self.name}: {found}. Use one folder per clip.")
         with Image.open(self._files[0]) as image:
             if image.has_transparency_data:
                 self._note("alpha channel dropped")
@@ -221,9 +214,12 @@ class VideoReader:
     def _image_name(self, i: int) -> str:
         return self.name + self._files[i].name if self.kind == "folder" else self.name
 
+    def _image(self, i: int) -> np.ndarray:
+        return _read_image(self._files[i], self._image_name(i))
+
     def _iter_images(self) -> Iterator[Frame]:
         for i in range(math.ceil(self.start * self.rate), len(self._files)):
-            yield Frame(_read_image(self._files[i], self._image_name(i)), i / self.rate)
+            yield Frame(self._image(i), i / self.rate)
         self.finished = True
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
@@ -232,7 +228,7 @@ class VideoReader:
             self._container.close()
         self._container = container = _open_container(self.path, self.name)
         for stream in container.streams.video:
-            if stream.codec_context is not None and not stream.disposition & Disposition.attached_pic:
+            if stream.codec_context and not stream.disposition & Disposition.attached_pic:
                 return container, stream
         raise self._nothing_decodes(container)
 
@@ -243,15 +239,14 @@ class VideoReader:
         return VideoError(f"{self.name}: {what}. Is the download complete?")
 
     def _probe_video(self) -> None:
-        container, stream = self._open()
-        self._probe_rate(container, stream)
+        self._probe_rate(*self._open())
         container, stream = self._open()
         first = next(self._decode(container, stream), None)
         if first is None:
             raise self._nothing_decodes(container)
         self._origin, self._size = first.pts, (first.width, first.height)
         self.start_time = (first.pts or 0) * self.tick
-        self._codec, self._pose = stream.codec_context.name, _display_matrix(first)
+        self._codec, self._quarters = stream.codec_context.name, round(first.rotation / 90)
         try:
             self.height, self.width = self._rgb(first).shape[:2]
         except (av.error.FFmpegError, ValueError) as error:
@@ -259,8 +254,7 @@ class VideoReader:
             raise VideoError(f"{self.name}: {what}. Convert the file to H.264 first.") from error
         aspect = stream.codec_context.sample_aspect_ratio
         if aspect not in (None, 0, 1):
-            turned = abs(self._pose[0]) < abs(self._pose[1])
-            self.aspect = 1 / aspect if turned else aspect
+            self.aspect = 1 / aspect if self._quarters % 2 else aspect
         self.has_audio = len(container.streams.audio) > 0
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
         transfer = HDR_TRANSFERS.get(int(first.color_trc))
@@ -288,8 +282,7 @@ class VideoReader:
         if len(times) > 2 * REORDERED:
             times = times[:-REORDERED]  # between the last ones some are still to come
         # Headers of remuxed files lie: 1000 frames a second is Matroska's clock.
-        rates = [rate for rate in (stream.guessed_rate, stream.average_rate) if rate] + COMMON_RATES
-        for self.rate in rates:
+        for self.rate in [r for r in (stream.guessed_rate, stream.average_rate) if r] + COMMON_RATES:
             rounding = [time - n / self.rate for n, time in enumerate(times)] or [0]
             self.constant_rate = max(rounding) - min(rounding) <= self.tick
             if self.constant_rate:
@@ -297,9 +290,8 @@ class VideoReader:
         else:
             mean = (len(times) - 1) / max(times[-1] - times[0], self.tick)
             average = stream.average_rate or 0
-            if not mean / 2 < average < mean * 2:
-                average = mean.limit_denominator(1001) or FOLDER_RATE
-            self.rate = average
+            sane = mean / 2 < average < mean * 2
+            self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
         self._promised = stream.frames or round(_seconds(stream) * self.rate)
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
         self.frames = self._promised or round(longest * self.rate) or None
@@ -323,10 +315,10 @@ class VideoReader:
 
     def _decode_from(self, time: Fraction) -> Iterator[av.VideoFrame]:
         """Frames from a key frame at or before `time` on."""
-        container, stream = self._open()
         if time > 0 and self._origin is not None:
             target = self._origin + time / self.tick
-            for back in (0, 1, 5, 30):  # seconds; an index may point behind the time asked for
+            for back in (0, 5):  # seconds; an index may point behind the time asked for
+                container, stream = self._open()
                 with suppress(av.error.FFmpegError):
                     container.seek(math.floor(target - back / self.tick), stream=stream)
                     # What is shown before the first key frame may refer to frames that were never decoded.
@@ -334,8 +326,7 @@ class VideoReader:
                     first = next(frames, None)
                     if first is not None and first.pts is not None and first.pts <= target:
                         return chain([first], frames)
-            container, stream = self._open()
-        return self._decode(container, stream)
+        return self._decode(*self._open())
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """(h w 3) uint8, upright, at the first frame's size."""
@@ -344,7 +335,7 @@ class VideoReader:
             self._note("the frame size changes on the way; frames scaled to the first one's size")
         rgb = {"src_colorspace": _matrix(frame, self._codec), "dst_color_range": ColorRange.JPEG}
         frame = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
-        return _upright(frame.to_ndarray(), self._pose)
+        return np.ascontiguousarray(np.rot90(frame.to_ndarray(), self._quarters))
 
     def _time(self, frame: av.VideoFrame, index: int) -> Fraction:
         """Seconds since the first frame; what a coarse clock has rounded off a constant rate is restored."""
@@ -376,14 +367,6 @@ class VideoReader:
             self._note(f"damaged or truncated: {shown}{of} frames decode. Is the download complete?")
         self.finished = True
 
-    def time_of(self, index: int) -> Fraction:
-        """Presentation time of frame `index`, counted from 0, in seconds."""
-        if self.kind != "video" or self.constant_rate:
-            return index / self.rate
-        container, stream = self._open()
-        times = sorted(self._packet_times(container, stream, None))
-        return times[index] - self.start_time if index < len(times) else times[-1] - self.start_time + 1
-
 
 def read_clip(path: str | Path, start_frame: int = 0, frames: int | None = None) -> np.ndarray:
     """Frames start_frame, start_frame + 1, ... of a clip, `frames` of them or the rest: (t h w 3) uint8.
@@ -406,20 +389,19 @@ def read_clip(path: str | Path, start_frame: int = 0, frames: int | None = None)
 class _Images:
     """Numbered PNGs in a folder, or one PNG."""
 
-    def __init__(self, path: Path, folder: bool):
-        self.path, self.folder, self.written, self.notes = path, folder, 0, []
-        path.mkdir() if folder else path.touch()
+    def __init__(self, path: Path):
+        self.path, self.written, self.notes = path, 0, []
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
-        if self.written and not self.folder:
+        if self.written and not self.path.is_dir():
             raise VideoError("a .png holds one frame, not a clip. Give a folder or a video as the output.")
-        file = self.path / f"{self.written:06d}.png" if self.folder else self.path
+        file = self.path / f"{self.written:06d}.png" if self.path.is_dir() else self.path
         # Level 1 of 9: the default takes several times longer to save a tenth of the room.
         Image.fromarray(rgb).save(file, format="PNG", compress_level=1)
         self.written += 1
 
     def finish(self) -> None:
-        """Every file is complete already."""
+        pass
 
     close = finish
 
@@ -427,30 +409,37 @@ class _Images:
 class _Copies:
     """The source's audio and subtitle packets, passed on untouched as the picture advances."""
 
-    def __init__(self, source: VideoReader, container: OutputContainer, suffix: str):
-        self.start_time, self.container, self.notes, self.streams = source.start_time, container, [], {}
-        self.original = _open_container(source.path, source.name)
+    def __init__(self, source: VideoReader | None, container: OutputContainer):
+        self.container, self.notes, self.streams, self.pending, self.original = container, [], {}, None, None
+        if source is None or source.kind != "video":
+            return
+        self.start_time, self.original = source.start_time, _open_container(source.path, source.name)
         for stream in (*self.original.streams.audio, *self.original.streams.subtitles):
             try:
                 copy = self.streams[stream.index] = container.add_stream_from_template(stream)
                 copy.metadata.update(stream.metadata)
             except ValueError:  # PyAV asks the container's list of codecs
-                more = "" if suffix == ".mkv" else " An .mkv output holds more kinds."
                 kind = f"{stream.type} {stream.codec_context.name if stream.codec_context else '(unknown)'}"
+                suffix = Path(container.name).suffix
+                more = "" if suffix == ".mkv" else " An .mkv output holds more kinds."
                 self.notes.append(f"{kind} does not fit into {suffix} and is left out.{more}")
         self.packets = self._demux()
         self.pending = next(self.packets, None)
 
+    def close(self) -> None:
+        if self.original:
+            self.original.close()
+
     def _demux(self) -> Iterator[av.Packet]:
         copied = [self.original.streams[i] for i in self.streams]
-        packets = self.original.demux(*copied) if copied else ()
         try:
+            packets = self.original.demux(*copied) if copied else ()
             yield from (packet for packet in packets if packet.dts is not None)
         except av.error.FFmpegError:
             self.notes.append("sound: damaged or truncated; kept up to the damage")
 
     def advance(self, origin: Fraction, until: Fraction | None) -> None:
-        """Copy what starts before `until` (None: all there is), in seconds since its first frame.
+        """Copy what starts before `until` (None: all there is), in seconds since the source's first frame.
 
         `origin` becomes the output's zero: a cut clip starts with the packet that sounds at its first frame.
         """
@@ -473,22 +462,25 @@ class _Copies:
                 self.notes += [note] if note not in self.notes else []
 
 
+def _clock(rate: Fraction, source: VideoReader | None) -> tuple[Fraction, int]:
+    """(tick, step): the tick in seconds, of which the rate's grid and the source's own timestamps are whole
+    multiples, and the ticks that a frame lasts."""
+    tick = (source and source.tick) or Fraction(1, 90_000)  # 90 kHz: the clock of MPEG
+    scale = math.lcm(rate.numerator, tick.denominator)
+    if scale > MAX_TIMESCALE:
+        scale = rate.numerator if source is None or source.constant_rate else tick.denominator
+    return Fraction(1, scale), round(scale / rate)
+
+
 class _Video:
     """H.264 4:2:0 in BT.709, and what _Copies brings of the source."""
 
-    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source: VideoReader | None, crf):
-        source = source if source is not None and source.kind == "video" else None
-        self.rate, self.source, self.origin, self.last, self.written = rate, source, None, -1, 0
-        # One clock on which both the rate's grid and the source's own timestamps are whole numbers.
-        tick = source.tick if source else Fraction(1, 90_000)  # 90 kHz: the clock of MPEG
-        scale = math.lcm(rate.numerator, tick.denominator)
-        if scale > MAX_TIMESCALE:
-            scale = rate.numerator if source is None or source.constant_rate else tick.denominator
-        self.tick = Fraction(1, scale)
-        suffix = path.suffix.lower()
-        self.container = av.open(f"file:{path}", "w", format=VIDEO_FORMATS[suffix])
-        options = {"crf": str(crf), "preset": PRESET}
-        self.stream = self.container.add_stream("libx264", rate=rate, options=options)
+    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source, crf: int, sound: bool):
+        self.rate, self.source = rate, source
+        self.tick, self.step = _clock(rate, source)
+        self.origin, self.last, self.written = None, -1, 0
+        self.container = av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix])
+        self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": str(crf), **X264})
         codec = self.stream.codec_context
         codec.width, codec.height, codec.pix_fmt = width, height, "yuv420p"
         codec.time_base = self.stream.time_base = self.tick
@@ -497,63 +489,46 @@ class _Video:
         codec.color_range = ColorRange.MPEG
         codec.sample_aspect_ratio = (source and source.aspect) or Fraction(1)
         self.reformatter = VideoReformatter()
-        self.copies = _Copies(source, self.container, suffix) if source else None
-        self.notes = self.copies.notes if self.copies else []
+        self.copies = _Copies(source if sound else None, self.container)
+        self.notes = self.copies.notes
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
         time = self.written / self.rate if time is None else Fraction(time)
         self.origin = time if self.origin is None else self.origin
-        ranges = {"src_color_range": ColorRange.JPEG, "dst_color_range": ColorRange.MPEG}
-        yuv = {"format": "yuv420p", "dst_colorspace": self.colour[0], **ranges}
+        yuv = {"format": "yuv420p", "dst_colorspace": self.colour[0], "dst_color_range": ColorRange.MPEG}
         frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
-        frame = self.reformatter.reformat(frame, interpolation=ACCURATE, **yuv)
+        frame = self.reformatter.reformat(
+            frame, src_color_range=ColorRange.JPEG, interpolation=ACCURATE, **yuv
+        )
         frame.time_base = self.tick
         frame.pts = self.last = max(round((time - self.origin) / self.tick), self.last + 1)
-        frame.duration = round(1 / self.rate / self.tick)  # MP4's rate is a mean, the last frame included
+        frame.duration = self.step  # MP4's rate is a mean, the last frame included
         self.container.mux(self.stream.encode(frame))
         self.written += 1
         self.end = time + 1 / self.rate
-        if self.copies:
-            self.copies.advance(self.origin, time)
+        self.copies.advance(self.origin, time)
 
     def finish(self) -> None:
         self.container.mux(self.stream.encode(None))
-        if self.copies:
-            self.copies.advance(self.origin, None if self.source.finished else self.end)
+        self.copies.advance(self.origin, None if self.source and self.source.finished else self.end)
         self.close()
 
     def close(self) -> None:
         self.container.close()
-        if self.copies:
-            self.copies.original.close()
+        self.copies.close()
 
 
-class VideoWriter:
-    """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv, a .png, or, without suffix, a folder of PNGs.
+class Output:
+    """A path whose content grows as `<stem>.partial<suffix>` beside it and gets its name when complete."""
 
-    All goes to `<stem>.partial<suffix>` beside it, which takes the final name on a clean exit and is removed
-    on an exception; a killed process leaves nothing under the final name. `source` lends its sound,
-    subtitles, clock and pixel shape; the time first written is the output's zero. `notes` are for the user.
-    """
-
-    def __init__(
-        self, path: Path, width: int, height: int, rate: Fraction, source: VideoReader | None = None, crf=CRF
-    ):
-        self.path, self.name, self._shape = Path(path), Path(path).name, (height, width, 3)
-        suffix = self.path.suffix.lower()
+    def __init__(self, path: Path):
+        self.path, self.name, suffix = Path(path), Path(path).name, Path(path).suffix.lower()
+        self.is_video = suffix in VIDEO_FORMATS
         self._refuse(suffix)
-        if suffix in VIDEO_FORMATS and (width % 2 or height % 2):
-            what = f"{width}x{height} is odd, 4:2:0 video has even sides"
-            raise VideoError(f"{self.name}: {what}. Give a folder: PNGs have any size.")
-        self._partial = self.path.with_name(f"{self.path.stem}.partial{suffix}")
-        with self._failures_in_one_line():
-            self._remove_partial()
-            if suffix in VIDEO_FORMATS:
-                self._partial.touch()
-                self._sink = _Video(self._partial, width, height, Fraction(rate), source, crf)
-            else:
-                self._sink = _Images(self._partial, folder=not suffix)
-        self.notes: list[str] = self._sink.notes
+        self.partial = self.path.with_name(f"{self.path.stem}.partial{suffix}")
+        with self.failures_in_one_line():
+            self.remove_partial()
+            self.partial.touch() if suffix else self.partial.mkdir()
 
     def _refuse(self, suffix: str) -> None:
         """A file replaces a file, numbered PNGs replace numbered PNGs; nothing else is ever overwritten."""
@@ -563,12 +538,12 @@ class VideoWriter:
         if not self.path.parent.is_dir():
             raise VideoError(f"{self.path}: there is no folder {self.path.parent}. Create it first.")
         folder = self.path.is_dir()
-        foreign = folder and any(not re.fullmatch(r"\d{6}\.png", name) for name in os.listdir(self.path))
+        foreign = folder and any(not re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(self.path))
         if self.path.exists() and (foreign or folder == bool(suffix)):
             raise VideoError(f"{self.name}: something else has this name. Choose another output.")
 
     @contextmanager
-    def _failures_in_one_line(self) -> Iterator[None]:
+    def failures_in_one_line(self) -> Iterator[None]:
         try:
             yield
         except (OSError, av.error.FFmpegError) as error:
@@ -576,11 +551,42 @@ class VideoWriter:
             way_out = "Check the disk or choose another output."
             raise VideoError(f"{self.name}: cannot be written ({reason}). {way_out}") from error
 
-    def _remove_partial(self) -> None:
-        if self._partial.is_dir():
-            shutil.rmtree(self._partial)
+    def remove_partial(self) -> None:
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
         else:
-            self._partial.unlink(missing_ok=True)
+            self.partial.unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Bring the complete content to disk, then rename it."""
+        for file in self.partial.iterdir() if self.partial.is_dir() else [self.partial]:
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        os.replace(self.partial, self.path)
+
+
+class VideoWriter(Output):
+    """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv, a .png, or, without suffix, a folder of PNGs.
+
+    `path` appears on a clean exit, complete; an exception or a kill leaves nothing under that name. `source`
+    lends its clock, pixel shape and, with `sound`, its audio and subtitles; the time first written is the
+    output's zero. `notes` are for the user.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source=None, crf=CRF, sound=True):
+        self._shape = (height, width, 3)
+        if Path(path).suffix.lower() in VIDEO_FORMATS and (width % 2 or height % 2):
+            odd = f"{Path(path).name}: {width}x{height} is odd, 4:2:0 video has even sides"
+            raise VideoError(f"{odd}. Give a folder: PNGs have any size.")
+        super().__init__(path)
+        with self.failures_in_one_line():
+            if self.is_video:
+                self._sink = _Video(self.partial, width, height, Fraction(rate), source, crf, sound)
+            else:
+                self._sink = _Images(self.partial)
+        self.notes: list[str] = self._sink.notes
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -589,27 +595,89 @@ class VideoWriter:
         """Append rgb (h w 3) uint8, shown from `time` seconds on (None: at the constant rate)."""
         if rgb.shape != self._shape or rgb.dtype != np.uint8:
             raise ValueError(f"a frame is {rgb.shape} {rgb.dtype}, expected {self._shape} uint8")
-        with self._failures_in_one_line():
+        with self.failures_in_one_line():
             self._sink.write(np.ascontiguousarray(rgb), time)
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         try:
             if kind is None:
-                self._publish()
+                if not self._sink.written:
+                    raise VideoError(f"{self.name}: there is no frame to write")
+                with self.failures_in_one_line():
+                    self._sink.finish()
+                    self.publish()
         finally:
             with suppress(OSError, av.error.FFmpegError):  # the first error is the one to report
                 self._sink.close()
-            self._remove_partial()
+            self.remove_partial()
 
-    def _publish(self) -> None:
-        """Finish, bring to disk, rename."""
-        if not self._sink.written:
-            raise VideoError(f"{self.name}: there is no frame to write")
-        with self._failures_in_one_line():
-            self._sink.finish()
-            for file in self._partial.iterdir() if self._partial.is_dir() else [self._partial]:
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            if self.path.is_dir():
-                shutil.rmtree(self.path)
-            os.replace(self._partial, self.path)
+
+# --- segments -------------------------------------------------------------------------------------------
+
+
+def concatenate(
+    segments: list[Path], starts: list[Fraction], path: Path, source: VideoReader, to_end: bool = True
+) -> list[str]:
+    """Join finished segments as if one VideoWriter had written them to `path`; returns its notes.
+
+    segments  what VideoWriter(..., source, sound=False) made with equal settings: .mp4 files, whose clock is
+              exact (Matroska's counts milliseconds), or folders of PNGs
+    starts    the time of each segment's first frame, in seconds; inside a segment times count from there
+    to_end    copy the source's sound to its end, else to the end of the picture
+
+    Nothing is encoded again. VideoError if a segment cannot be read or does not match the first.
+    """
+    output = Output(path)
+    try:
+        with output.failures_in_one_line():
+            join = _join_videos if output.is_video else _join_folders
+            notes = join(segments, starts, output.partial, source, to_end)
+            output.publish()
+    finally:
+        output.remove_partial()
+    return notes
+
+
+def _join_folders(segments: list[Path], _starts, path: Path, _source, _to_end) -> list[str]:
+    files = (file for folder in segments for file in sorted(folder.iterdir(), key=_natural))
+    for n, file in enumerate(files):
+        try:
+            os.link(file, path / f"{n:06d}.png")
+        except OSError:  # a disk without hard links
+            shutil.copyfile(file, path / f"{n:06d}.png")
+    return []
+
+
+def _join_videos(segments: list[Path], starts: list[Fraction], path: Path, source, to_end: bool) -> list[str]:
+    """Packets as they are, on one clock: decoding times are presentation times, some places earlier."""
+    tick, step = _clock(source.rate, source)
+    decoding_times = deque(-step * n for n in range(X264_REORDERED, 0, -1))
+    with av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix]) as container:
+        with _open_container(segments[0], segments[0].name) as first:
+            joined = container.add_stream_from_template(first.streams.video[0], opaque=True)
+        headers = joined.codec_context.extradata
+        joined.time_base, joined.codec_context.framerate = tick, source.rate
+        copies = _Copies(source, container)
+        for segment, start in zip(segments, starts, strict=True):
+            packets = _segment_packets(segment, start - starts[0], tick, headers)
+            decoding_times.extend(sorted(packet.pts for packet in packets))
+            for packet in packets:
+                packet.dts, packet.duration, packet.stream = decoding_times.popleft(), step, joined
+                container.mux_one(packet)
+                copies.advance(starts[0], starts[0] + packet.pts * tick)
+        copies.advance(starts[0], None if to_end else starts[0] + (decoding_times[-1] + step) * tick)
+        copies.close()
+    return copies.notes
+
+
+def _segment_packets(path: Path, start: Fraction, tick: Fraction, headers: bytes) -> list[av.Packet]:
+    """A segment's packets, compressed as they are, shown from `start` seconds on."""
+    with _open_container(path, path.name) as container:
+        stream = container.streams.video[0]
+        if stream.codec_context.extradata != headers:
+            raise VideoError(f"{path.name}: made with other settings. Remove the segments and start again.")
+        packets = [packet for packet in container.demux(stream) if packet.pts is not None]
+        for packet in packets:
+            packet.pts = round((start + packet.pts * stream.time_base) / tick)
+            packet.time_base = tick
+    return packets

@@ -19,9 +19,7 @@ import degrade
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "bicubic": cv2.INTER_CUBIC}
 
 
-def one_kernel(
-    kind: str, size: int, sigma_x: float, sigma_y: float, rotation: float, beta: float, omega: float
-):
+def one_kernel(kind: str, size: int, sigma_x, sigma_y, rotation, beta, omega) -> np.ndarray:
     """One kernel, weight by weight; `kind` as in the table, unused parameters are ignored."""
     kernel = np.zeros((size, size))
     if "aniso" not in kind:
@@ -46,14 +44,14 @@ def one_kernel(
 def blur(frames: list, step: degrade.Blur) -> list:
     blurred = []
     for frame, kernel in zip(frames, step.kernels(), strict=True):
-        if not step.keep_8bit:
+        if not step.dove:
             frame = frame.astype(np.float32)
         blurred.append(cv2.filter2D(frame, -1, kernel))
     return blurred
 
 
 def resize(frames: list, step: degrade.Resize) -> list:
-    if not step.keep_8bit:
+    if not step.dove:
         frames = [frame.astype(np.float32) for frame in frames]
     h, w = step.size
     return [cv2.resize(frame, (w, h), interpolation=INTERPOLATIONS[step.interpolation]) for frame in frames]
@@ -66,30 +64,31 @@ def noise(frames: list, step: degrade.Noise, own_noise: bool) -> list:
         if own_noise:
             normal = np.random.randn(*frame.shape).astype(np.float32)[..., : 1 if step.grey else 3]
         else:
-            normal = degrade.noise_field(generator, *frame.shape[:2], step.grey)
+            normal = torch.randn((*frame.shape[:2], 1 if step.grey else 3), generator=generator).numpy()
         if step.kind == "gaussian":
             noisy.append(frame + strength * normal)
             continue
         clean = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None] if step.grey else frame
         clean = np.clip(np.round(clean), 0, 255)
-        v = max(2 ** math.ceil(math.log2(len(np.unique(clean)))), step.min_levels)
-        x = clean / step.unit
+        v = 2 ** math.ceil(math.log2(len(np.unique(clean))))
+        v, unit = (v, 1) if step.dove else (max(v, degrade.MIN_LEVELS), 255)
+        x = clean / unit
         if own_noise:
             deviation = np.random.poisson(x * v).astype(np.float32) / v - x
         else:
             deviation = np.sqrt(x / v) * normal
-        noisy.append(frame + strength * step.unit * deviation)
+        noisy.append(frame + strength * unit * deviation)
     return noisy
 
 
 def jpeg(frames: list, step: degrade.Jpeg) -> list:
     coded = []
     for frame, quality in zip(frames, step.quality, strict=True):
-        frame = np.clip(frame if step.faults else np.round(frame), 0, 255).astype(np.uint8)
-        bgr = frame if step.faults else np.ascontiguousarray(frame[..., ::-1])
+        frame = np.clip(frame if step.dove else np.round(frame), 0, 255).astype(np.uint8)
+        bgr = frame if step.dove else np.ascontiguousarray(frame[..., ::-1])
         _, data = cv2.imencode(".jpg", bgr, [int(cv2.IMWRITE_JPEG_QUALITY), int(quality)])
         bgr = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        coded.append(bgr if step.faults else np.ascontiguousarray(bgr[..., ::-1]))
+        coded.append(bgr if step.dove else np.ascontiguousarray(bgr[..., ::-1]))
     return coded
 
 
@@ -107,12 +106,8 @@ def codec(frames: list, step: degrade.Codec) -> list:
         for frame in frames:
             frame = np.clip(np.round(frame), 0, 255).astype(np.uint8)
             frame = cv2.copyMakeBorder(frame, 0, h % 2, 0, w % 2, cv2.BORDER_REFLECT)
-            if step.faults:
-                image = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            else:
-                image = av.VideoFrame.from_ndarray(
-                    cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420), format="yuv420p"
-                )
+            yuv = frame if step.dove else cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
+            image = av.VideoFrame.from_ndarray(yuv, format="rgb24" if step.dove else "yuv420p")
             container.mux(stream.encode(image))
         container.mux(stream.encode())
     file.seek(0)
@@ -120,7 +115,7 @@ def codec(frames: list, step: degrade.Codec) -> list:
     with av.open(file, "r", format="mp4") as container:
         container.streams.video[0].codec_context.thread_count = 1
         for image in container.decode(video=0):
-            if step.faults:
+            if step.dove:
                 frame = image.to_ndarray(format="rgb24").astype(np.float32)
             else:
                 frame = cv2.cvtColor(image.to_ndarray(format="yuv420p"), cv2.COLOR_YUV2RGB_I420)
@@ -143,9 +138,8 @@ def apply_step(frames: list, step: degrade.Step, own_noise: bool = False) -> lis
     """The step's frames, from a list of frames (h w 3), float32 or uint8."""
     if isinstance(step, degrade.Noise):
         return noise(frames, step, own_noise)
-    return {degrade.Blur: blur, degrade.Resize: resize, degrade.Jpeg: jpeg, degrade.Codec: codec}[type(step)](
-        frames, step
-    )
+    slow = {degrade.Blur: blur, degrade.Resize: resize, degrade.Jpeg: jpeg, degrade.Codec: codec}
+    return slow[type(step)](frames, step)
 
 
 def degrade_slowly(clip: np.ndarray, steps: list[degrade.Step], own_noise: bool = False) -> np.ndarray:

@@ -20,20 +20,21 @@ import metrics
 from metrics import (
     DISTS,
     PYIQA_EPS,
-    Dover,
     RaftFlow,
     dis_flow,
     in_frame,
+    load_dover,
     pair_clips,
     psnr,
     row_over_time,
+    same_scene,
     score_clip,
     ssim,
     unoccluded,
     warp,
     warping_errors,
-    windows,
 )
+from runtime import UserError
 
 ROOT = Path(metrics.__file__).parent
 
@@ -324,20 +325,22 @@ def test_scores_do_not_depend_on_the_batches_and_hold_one_batch_at_a_time(monkey
     for batch in (9, 4, 1):
         monkeypatch.setattr(metrics, "BATCH_PIXELS", batch * 32 * 32)
         taken.clear(), scored.clear()
-        rows.append(score_clip(stream, judges, "cpu"))
+        rows.append(score_clip(stream, judges, "cpu")[0])
     assert rows[0]["frames"] == 9
     for row in rows[1:]:
         assert row == {**rows[0], **{k: pytest.approx(rows[0][k], rel=1e-6) for k in judges}}
 
 
 def test_the_protocol_cuts_the_truth_at_four_times_the_inputs_offsets():
-    cut = windows({"input": (180, 318), "prediction": (512, 512), "ground truth": (720, 1272)}, True, False)
+    args = metrics.parse(["pred", "--protocol", "adcvsr"])
+    cut = same_scene({"input": (180, 318), "prediction": (512, 512), "ground truth": (720, 1272)}, args)
     assert (cut["input"][0].start, cut["input"][1].start) == (26, 95)
     assert (cut["ground truth"][0].start, cut["ground truth"][1].start) == (4 * 26, 4 * 95)
-    odd = windows({"input": (135, 241), "prediction": (512, 512), "ground truth": (540, 964)}, True, False)
+    odd = same_scene({"input": (135, 241), "prediction": (512, 512), "ground truth": (540, 964)}, args)
     assert [s.start for s in odd["ground truth"]] == [4 * s.start for s in odd["input"]] == [12, 224]
-    real = windows({"input": (512, 1024), "prediction": (512, 512), "ground truth": (512, 1024)}, True, False)
-    assert real["input"] == real["ground truth"] == (slice(0, 512), slice(256, 768))
+    # stored at HR size: infer.py --downscale 4 cuts the centre of the input, to the pixel
+    real = same_scene({"input": (514, 1026), "prediction": (512, 512), "ground truth": (514, 1026)}, args)
+    assert real["input"] == real["ground truth"] == (slice(1, 513), slice(257, 769))
 
 
 def write_frames(folder: Path, clip: torch.Tensor) -> Path:
@@ -365,7 +368,9 @@ def test_clips_pair_by_name_across_containers_and_in_doves_layout(tmp_path):
         write_video(tmp_path / f"pred/{name}_x4.mkv", clip)
         write_frames(tmp_path / f"UDM10/GT/{name}", clip)
         write_video(tmp_path / f"UDM10/LQ-Video/{name}.mkv", clip)
-    pairs = pair_clips(tmp_path / "pred", tmp_path / "UDM10", tmp_path / "UDM10")
+    pairs = pair_clips(
+        {"input": tmp_path / "UDM10", "prediction": tmp_path / "pred", "ground truth": tmp_path / "UDM10"}
+    )
     assert list(pairs) == ["000", "001"]
     assert pairs["001"] == {
         "input": tmp_path / "UDM10/LQ-Video/001.mkv",
@@ -436,7 +441,7 @@ def test_the_numbers_survive_the_round_trip_through_process_json_and_csv(tmp_pat
     ("metric", "words"),
     [
         ("ewarp", ["E*_warp", "raft_large_C_T_V1-22a6c225.pth", "--flow dis"]),
-        ("lpips", ["LPIPS", "alexnet-owt-7be5be79.pth", "torchmetrics"]),
+        ("lpips", ["LPIPS", "LPIPS_v0.1_alex-df73285e.pth", "pip install pyiqa"]),
         ("dists", ["DISTS", "vgg16-397923af.pth", "torchmetrics"]),
         ("maniqa", ["MANIQA", "MANIQA_PIPAL-ae6d356b.pth", "pip install pyiqa", "non-commercial"]),
         ("dover", ["DOVER", "--dover PATH"]),
@@ -450,13 +455,17 @@ def test_what_cannot_be_had_is_one_line_and_the_rest_is_computed(
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     clip = write_frames(tmp_path / "clip", translation(2)[0])
-    metrics.main([str(clip), str(clip), "--metrics", f"{metric},psnr", "--device", "cpu"])
+    metrics.evaluate(metrics.parse([str(clip), str(clip), "--metrics", f"{metric},psnr"]))
     out, err = capsys.readouterr()
     assert "psnr" in out and "inf" in out
     assert len(err.splitlines()) == 1 and all(word in err for word in words)
-    with pytest.raises(SystemExit) as stop:
-        metrics.main([str(clip), str(clip), "--metrics", metric, "--device", "cpu"])
-    assert stop.value.code == 2
+    with pytest.raises(UserError, match=re.escape(words[0])):
+        metrics.evaluate(metrics.parse([str(clip), str(clip), "--metrics", metric]))
+
+
+def test_an_error_of_the_program_is_not_dressed_up_as_a_missing_package():
+    with pytest.raises(KeyError), metrics.needs("DISTS", "torchmetrics", "vgg.pth"):
+        {}["alpha"]
 
 
 @pytest.fixture(scope="module")
@@ -487,7 +496,7 @@ def shelf(tmp_path_factory):
         ("empty good", "no frames in this folder"),
         ("good empty", "no frames in this folder"),
         ("absent", "absent: no such file or folder"),
-        ("twice", "both clip 'a'"),
+        ("twice", "twice/a: a second clip of that name"),
         ("good --metrics psnr", "--metrics psnr: needs a ground truth; give GT, or choose from maniqa,"),
         ("good good --metrics vmaf", "--metrics vmaf: no such metric, or choose from psnr,"),
         ("one one", "one: one frame, and E[*]_warp needs two"),
@@ -495,16 +504,20 @@ def shelf(tmp_path_factory):
         ("good good --metrics psnr --json nowhere/out.json", "there is no folder"),
     ],
 )
-def test_bad_input_is_refused_in_one_line_and_writes_nothing(args, message, shelf, capsys, monkeypatch):
+def test_bad_input_is_refused_in_one_line_and_writes_nothing(args, message, shelf, monkeypatch):
     monkeypatch.chdir(shelf)
     before = sorted(shelf.rglob("*"))
     json_flag = [] if "--json" in args else ["--json", "out.json"]
-    with pytest.raises(SystemExit) as stop:
-        metrics.main([*args.split(), "--flow", "dis", "--profile", *json_flag])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert len(err.splitlines()) == 1 and re.search(message, err)
+    with pytest.raises(UserError, match=message) as refusal:
+        metrics.evaluate(metrics.parse([*args.split(), "--flow", "dis", "--profile", *json_flag]))
+    assert len(str(refusal.value).splitlines()) == 1
     assert sorted(shelf.rglob("*")) == before
+
+
+def test_a_refusal_is_one_line_and_exit_status_2(shelf, tmp_path):
+    done = run(shelf / "short", shelf / "good", "--flow", "dis", "--json", tmp_path / "o.json", home=tmp_path)
+    assert done.returncode == 2 and not (tmp_path / "o.json").exists()
+    assert re.fullmatch("error: short: prediction 2 frames, .*lengths differ.*\n", done.stderr)
 
 
 def test_allow_mismatch_compares_what_both_sides_have(shelf, capsys):
@@ -543,7 +556,7 @@ def test_dover_gets_the_frames_losslessly_and_its_score_is_read(tmp_path):
         "print('Normalized fused overall score (scale in [0,1]):', sum(f.mean() for f in frames) / 3)\n"
     )
     frames = [(255 * texture(37, 51, i)).byte().permute(1, 2, 0).numpy() for i in range(3)]
-    assert Dover(tmp_path, "cpu")(frames) == pytest.approx(np.mean(frames), abs=1e-9)
+    assert load_dover(tmp_path, "cpu")(frames) == pytest.approx(np.mean(frames), abs=1e-9)
 
 
 def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
@@ -552,8 +565,9 @@ def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
     (tmp_path / "evaluate_one_video.py").write_text("raise RuntimeError('no decord')")
     clip = write_frames(tmp_path / "clip", translation(2)[0])
     out = tmp_path / "out.json"
-    args = f"{clip} {clip} --metrics psnr,dover --dover {tmp_path} --json {out} --device cpu"
-    metrics.main(args.split())
-    assert json.loads(out.read_text())["mean"] == {"psnr": "inf", "dover": None}
+    args = f"{clip} {clip} --metrics psnr,dover --dover {tmp_path} --json {out}"
+    args = metrics.parse(args.split())
+    metrics.write_results(metrics.evaluate(args), args)
+    assert json.loads(out.read_text())["mean"] == {"psnr": "inf", "dover": "nan"}
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "DOVER not computed" in err and "no decord" in err

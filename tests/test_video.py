@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from video import VideoError, VideoReader, VideoWriter, read_clip, to_network, to_uint8
+from video import VideoError, VideoReader, VideoWriter, concatenate, read_clip, to_network, to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
 EDGE = ROOT / "../shared/data/edge"
@@ -268,20 +268,6 @@ def test_a_rotated_clip_comes_out_upright(tmp_path, degrees):
     assert np.abs(shown - expected[::-1, ::-1]).mean() > 30
 
 
-def test_a_mirrored_clip_comes_out_upright(tmp_path):
-    clip = moving_clip(2)
-    clip[:, :16, :16] = (255, 0, 0)
-    with av.open(str(tmp_path / "clip.mp4"), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        stream.set_display_rotation(0, hflip=True)
-        for rgb in clip:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
-        container.mux(stream.encode(None))
-    shown = read_clip(tmp_path / "clip.mp4")[0].astype(int)
-    assert np.abs(shown - clip[0, :, ::-1].astype(int)).mean() < 12
-
-
 def test_pixel_shape_is_kept(tmp_path):
     source = raw_video(tmp_path / "s.mp4", moving_clip(3), tags={"sample_aspect_ratio": Fraction(4, 3)})
     x2(source, tmp_path / "out.mp4")
@@ -492,6 +478,105 @@ def test_subtitles_and_sound_go_along(tmp_path):
     assert writer.notes == []
     for kind in ("audio", "subtitles"):
         assert packets(source, kind) == packets(tmp_path / "out.mkv", kind) != []
+
+
+# --- segments ------------------------------------------------------------------------------------------
+
+VARIABLE = [0, *np.cumsum(np.random.default_rng(0).integers(5, 120, size=59)).tolist()]  # milliseconds
+
+
+def in_segments(source: Path, target: Path, lengths: list[int], folder: bool = False) -> list[Path]:
+    """What infer.py does with a long clip: x2 by segments of so many frames, then one file."""
+    with VideoReader(source) as reader:
+        frames, segments, starts = list(reader), [], []
+        for n, length in enumerate(lengths):
+            part, frames = frames[:length], frames[length:]
+            segments.append(target.parent / f"{n:06d}{'' if folder else '.mp4'}")
+            starts.append(part[0].time)
+            with VideoWriter(
+                segments[-1], 2 * reader.width, 2 * reader.height, reader.rate, reader, sound=False
+            ) as w:
+                for frame in part:
+                    w.write(frame.rgb.repeat(2, axis=0).repeat(2, axis=1), frame.time)
+        assert not frames
+        assert concatenate(segments, starts, target, reader) == []
+    return segments
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("rate", [NTSC, Fraction(25), "variable"])
+@pytest.mark.parametrize("lengths", [[60], [1, 1, 2, 3, 20, 32, 1], [25, 25, 10]])
+def test_joined_segments_are_one_uninterrupted_run(tmp_path, suffix, rate, lengths):
+    if rate == "variable":
+        source = raw_video(tmp_path / "s.mkv", moving_clip(60), Fraction(30), VARIABLE, Fraction(1, 1000))
+    else:
+        source = raw_video(tmp_path / "s.mp4", moving_clip(60), rate)
+    out, whole = tmp_path / f"joined{suffix}", tmp_path / f"whole{suffix}"
+    segments = in_segments(source, out, lengths)
+    x2(source, whole)
+    assert times_of(out) == times_of(whole) == times_of(source)
+    assert packet_times(out) == packet_times(whole)
+    with av.open(str(out)) as a, av.open(str(whole)) as b:
+        decoding = [p.dts for p in a.demux(video=0) if p.dts is not None]
+        assert decoding == sorted(set(decoding))
+        if rate != "variable":  # whose mean rate depends on the decoding times before zero
+            assert decoding == [p.dts for p in b.demux(video=0) if p.dts is not None]
+            assert a.streams.video[0].average_rate == b.streams.video[0].average_rate == rate
+        for name in ("time_base", "start_time", "colorspace", "color_range", "sample_aspect_ratio"):
+            joined, uninterrupted = (c.streams.video[0] for c in (a, b))
+            assert getattr(joined, name) == getattr(uninterrupted, name), name
+    assert np.array_equal(read_clip(out), np.concatenate([read_clip(s) for s in segments]))
+
+
+def test_joined_segments_have_the_sound_of_the_source(tmp_path):
+    source = with_sound(tmp_path / "source.mp4", moving_clip(50), video_start=7)
+    in_segments(source, tmp_path / "out.mp4", [20, 20, 10])
+    x2(source, tmp_path / "whole.mp4")
+    for name in ("out.mp4", "whole.mp4"):
+        assert packets(source, "audio") == packets(tmp_path / name, "audio") != []
+
+    def sound(path):
+        with av.open(str(path)) as container:
+            return [(p.pts, p.dts) for p in container.demux(audio=0)]
+
+    assert sound(tmp_path / "out.mp4") == sound(tmp_path / "whole.mp4")
+
+
+def test_segments_of_a_part_take_their_part_of_the_sound(tmp_path):
+    source = with_sound(tmp_path / "source.mp4", moving_clip(50))
+    with VideoReader(source) as reader:
+        times = [Fraction(n, 25) for n in range(25, 35)]
+        a = write_clip(tmp_path / "a.mp4", moving_clip(4), times=times[:4], source=reader, sound=False)
+        b = write_clip(tmp_path / "b.mp4", moving_clip(6), times=times[4:], source=reader, sound=False)
+        with VideoReader(a) as segment:
+            assert not segment.has_audio
+        concatenate([a, b], [times[0], times[4]], tmp_path / "out.mp4", reader, to_end=False)
+    assert packet_times(tmp_path / "out.mp4") == [Fraction(n, 25) for n in range(10)]
+    whole, part = packets(source, "audio"), packets(tmp_path / "out.mp4", "audio")
+    assert any(whole[i : i + len(part)] == part for i in range(len(whole)))
+    assert abs(len(part) * 1024 / 48000 - 10 / 25) < 0.05
+
+
+def test_folders_of_pngs_are_joined_too(tmp_path):
+    source = raw_video(tmp_path / "s.mp4", moving_clip(12))
+    segments = in_segments(source, tmp_path / "out", [5, 1, 6], folder=True)
+    assert [p.name for p in sorted((tmp_path / "out").iterdir())] == [f"{n:06d}.png" for n in range(12)]
+    assert np.array_equal(read_clip(tmp_path / "out"), np.concatenate([read_clip(s) for s in segments]))
+
+
+def test_segments_that_cannot_be_joined_are_named_and_nothing_is_left(tmp_path):
+    with VideoReader(raw_video(tmp_path / "s.mp4", moving_clip(4))) as reader:
+        good = write_clip(tmp_path / "0.mp4", moving_clip(4), source=reader, sound=False)
+        other = write_clip(tmp_path / "1.mp4", moving_clip(4, 96, 64), source=reader, sound=False)
+        (tmp_path / "2.mp4").write_bytes(good.read_bytes()[:900])
+        before = sorted(tmp_path.iterdir())
+        for bad, line in (
+            (other, "1.mp4: made with other settings"),
+            (tmp_path / "2.mp4", "2.mp4: not a vid"),
+        ):
+            with pytest.raises(VideoError, match=line):
+                concatenate([good, bad], [Fraction(0), Fraction(4, 25)], tmp_path / "out.mp4", reader)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 # --- folders and images --------------------------------------------------------------------------------

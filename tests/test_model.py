@@ -1,0 +1,710 @@
+"""What the paper and its users rely on in model.py: sizes, parity, identity, loaders, streaming."""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock2D
+from diffusers.models.upsampling import Upsample2D
+from einops import rearrange
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import model
+from model import PRESETS, SCALE, AdcVSR, Memory, TemporalBlock, WeightsError
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFICIAL_KEYS = ROOT / "../shared/docs/adcsr_state_dict_keys.txt"
+needs_keys = pytest.mark.skipif(
+    not OFFICIAL_KEYS.is_file(), reason="AdcSR's key list in ../shared is not here"
+)
+
+# The topology and all 38 temporal blocks of the full network, 12 channels wide.
+SMALL = dict(
+    PRESETS["full"], unet_channels=[16] * 4, heads=[2] * 4, decoder_channels=[8] * 4, norm_groups=2
+)  # fmt: skip
+# Widths that differ from level to level, for everything that moves weights between networks.
+UNEVEN = dict(SMALL, unet_channels=[16, 32, 48, 48], heads=[1, 2, 3, 3], decoder_channels=[4, 8, 8, 12])
+NORMS = {"norm_groups": 2}  # what a single block reads of the config
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def awake(net: nn.Module) -> nn.Module:
+    """net with random values wherever training starts from zeros: every layer has its say in the output."""
+    for parameter in net.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return net.eval()
+
+
+def clip(b: int = 1, t: int = 2, h: int = 16, w: int = 16, dtype=torch.float32) -> torch.Tensor:
+    return torch.rand(b, t, 3, h, w, dtype=dtype) * 2 - 1
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    return (a - b).abs().max().item()
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# Sizes and names
+
+
+@pytest.mark.parametrize(
+    "temporal, parameters, blocks",
+    [("none", 456_073_683, 0), ("layer", 572_935_443, 38), ("block", 487_190_163, 9)],
+)
+def test_full_size_is_the_papers(temporal, parameters, blocks):
+    with torch.device("meta"):
+        net = AdcVSR(**{**PRESETS["full"], "temporal": temporal})
+    assert size(net) == parameters
+    assert sum(isinstance(m, TemporalBlock) for m in net.modules()) == blocks
+    assert net.lag == 2 * blocks
+
+
+def test_each_part_of_the_full_network_has_adcsrs_size_groups_and_heads():
+    with torch.device("meta"):
+        net = AdcVSR(**{**PRESETS["full"], "temporal": "none"})
+    unet, decoder = net.unet, net.decoder
+    assert size(unet) == 443_695_696
+    assert size(unet.conv_in) == 26_160
+    assert [size(b) for b in unet.down_blocks] == [4_677_360, 17_764_320, 71_010_240, 33_189_120]
+    assert size(unet.mid_block) == 49_795_200
+    assert [size(b) for b in unet.up_blocks] == [88_500_480, 133_709_760, 35_751_840, 8_717_520]
+    assert size(unet.conv_norm_out) + size(unet.conv_out) == 553_696
+    assert size(decoder.mid_block) == 2_626_048
+    assert [size(b) for b in decoder.up_blocks] == [4_133_632, 4_133_632, 1_215_232, 267_584]
+    assert size(decoder.conv_norm_out) + size(decoder.conv_out) == 128 + 1_731
+    groups = {m.num_channels: m.num_groups for m in unet.modules() if isinstance(m, nn.GroupNorm)}
+    assert groups == {240: 24, 720: 24, 480: 32, 960: 32, 1440: 32, 1920: 32}
+    attentions = [m for m in unet.modules() if isinstance(m, model.SelfAttention)]
+    assert {m.to_q.out_features / m.heads for m in attentions} == {48}
+
+
+def test_tiny_has_at_most_8_million_parameters_and_16_megabytes(tmp_path):
+    net = AdcVSR(**PRESETS["tiny"])
+    assert net.lag == 2 * sum(isinstance(m, TemporalBlock) for m in net.modules()) > 0
+    assert size(net) <= 8_000_000
+    net.half().save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size <= 16_000_000
+
+
+def official_keys() -> dict[str, tuple[str, tuple]]:
+    """{key: (key whose storage it shares or "", shape)}, of AdcSR's net_params and of its half decoder."""
+    lines = [
+        line.split("\t")
+        for line in OFFICIAL_KEYS.read_text().splitlines()
+        if not line.startswith("#") and line
+    ]
+    return {
+        key: (rest[0].removeprefix("= ") if rest else "", tuple(json.loads(shape)))
+        for key, shape, *rest in lines
+    }
+
+
+@needs_keys
+def test_keys_and_shapes_are_the_official_ones():
+    with torch.device("meta"):
+        own = {
+            k: tuple(v.shape)
+            for k, v in AdcVSR(**{**PRESETS["full"], "temporal": "none"}).state_dict().items()
+        }
+    official = {k: shape for k, (alias, shape) in official_keys().items() if not alias}
+    own_unet = {k.replace("unet.", "body.1.", 1): v for k, v in own.items() if k.startswith("unet.")}
+    own_mid = {
+        k.replace("decoder.mid_block.", "body.2.", 1): v
+        for k, v in own.items()
+        if k.startswith("decoder.mid_block.")
+    }
+    assert own_unet | own_mid == {k: v for k, v in official.items() if k.startswith("body.")}
+    half_decoder = {k: v for k, v in official.items() if not k.startswith(("body.", "conv_in."))}
+    assert {k.removeprefix("decoder."): v for k, v in own.items() if k.startswith("decoder.")} == half_decoder
+
+
+def test_importing_the_model_does_not_import_diffusers():
+    code = "import sys, model; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# Equality with diffusers, weights copied by name
+
+WITH_ATTENTION = {**NORMS, "decoder_attention": True}
+VAE_ATTENTION = dict(heads=1, dim_head=12, norm_num_groups=2, eps=1e-6, bias=True, residual_connection=True)
+VAE_RESNETS = dict(resnet_eps=1e-6, resnet_groups=2)
+RESNET = dict(in_channels=12, temb_channels=None, groups=2, eps=1e-5)
+BLOCKS = {  # ours; theirs
+    "resnet": (model.ResnetBlock, (12, 12, NORMS), ResnetBlock2D, (), RESNET),
+    "wider": (model.ResnetBlock, (12, 24, NORMS), ResnetBlock2D, (), dict(RESNET, out_channels=24)),
+    "transformer": (
+        model.TransformerBlock, (12, 2, NORMS),
+        Transformer2DModel, (2, 6, 12), dict(norm_num_groups=2, use_linear_projection=True),
+    ),
+    "down": (model.Downsample, (12,), Downsample2D, (12,), dict(use_conv=True, name="op")),
+    "up": (model.Upsample, (12,), Upsample2D, (12,), dict(use_conv=True)),
+    "decoder attention": (model.DecoderAttention, (12, NORMS), Attention, (12,), VAE_ATTENTION),
+    "decoder mid": (
+        model.DecoderMidBlock, (12, WITH_ATTENTION),
+        UNetMidBlock2D, (12, None), dict(attention_head_dim=12, **VAE_RESNETS),
+    ),
+    "decoder up": (
+        model.DecoderUpBlock, (12, 8, True, NORMS),
+        UpDecoderBlock2D, (12, 8), dict(num_layers=3, **VAE_RESNETS),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_block_equals_diffusers(name):
+    ours, args, theirs, their_args, options = BLOCKS[name]
+    own, reference = ours(*args), theirs(*their_args, **options)
+    own.load_state_dict(awake(reference).state_dict())
+    x = torch.randn(2, 12, 6, 10)
+    expected = reference(x, None) if ours is model.ResnetBlock else reference(x)
+    assert distance(own(x), expected[0] if name == "transformer" else expected) < 1e-5
+
+
+def sd_unet(in_channels: int, out_channels: int, widths: list[int], **options) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=widths,
+        attention_head_dim=UNEVEN["heads"],  # diffusers' name for SD2.1's numbers of heads
+        cross_attention_dim=8,
+        norm_num_groups=2,
+        **{"use_linear_projection": True, **options},
+    )
+
+
+@torch.no_grad()
+def test_unet_equals_diffusers_without_time_and_text():
+    reference = awake(sd_unet(12, 12, [model.kept(c) for c in UNEVEN["unet_channels"]]))
+    removed = ("time_embedding", "time_emb_proj", "attn2", "transformer_blocks.0.norm2")
+    for key, parameter in reference.named_parameters():
+        if "time_emb_proj" in key or "attn2.to_out" in key:
+            parameter.zero_()
+    own = AdcVSR(**{**UNEVEN, "temporal": "none"}).unet
+    own.load_state_dict({k: v for k, v in reference.state_dict().items() if not any(r in k for r in removed)})
+    x = torch.randn(2, 12, 16, 24)
+    expected = reference(x, timestep=500, encoder_hidden_states=torch.randn(2, 7, 8)).sample
+    assert distance(own(x, Memory(batch=2)), expected) < 1e-5
+
+
+@torch.no_grad()
+def test_half_decoder_equals_diffusers_from_its_mid_block_on():
+    widths = UNEVEN["decoder_channels"]
+    types = ("UpDecoderBlock2D",) * 4
+    reference = Decoder(4, 3, types, widths, layers_per_block=2, norm_num_groups=2)
+    reference.conv_in = nn.Identity()
+    own = AdcVSR(**UNEVEN).decoder
+    own.load_state_dict(awake(reference).state_dict())
+    x = torch.randn(2, widths[-1], 8, 12)
+    assert distance(own.tail(own.mid_block(x)), reference(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_softmax_scale_is_that_of_the_pruned_head():
+    attention = model.SelfAttention(2 * 48, heads=2, qkv_bias=False)
+    nn.init.normal_(attention.to_q.weight)  # sharp enough for the scale to matter
+    x = torch.randn(1, 5, 96)
+
+    def manual(head_width):
+        q, k, v = (
+            rearrange(f(x), "n l (m d) -> n m l d", m=2)
+            for f in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        weights = torch.softmax(q @ k.mT * head_width**-0.5, dim=-1)
+        return attention.to_out(rearrange(weights @ v, "n m l d -> n l (m d)"))
+
+    assert distance(attention(x), manual(48)) < 1e-5
+    assert distance(attention(x), manual(64)) > 1e-3  # SD2.1's unpruned head
+
+
+@torch.no_grad()
+def test_temporal_conv_is_a_3d_conv_of_kernel_3_1_1():
+    conv = model.TemporalConv(4)
+    x = torch.randn(2, 4, 5, 3, 2)
+    expected = F.conv3d(x, conv.weight[..., None, None], conv.bias, padding=(1, 0, 0))
+    result = conv(rearrange(x, "b c t h w -> (b t) c h w"), Memory(batch=2))
+    assert distance(result, rearrange(expected, "b c t h w -> (b t) c h w")) < 1e-5
+
+
+# Before training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal", ["layer", "block"])
+def test_temporal_blocks_start_as_the_identity(temporal):
+    flat, augmented = AdcVSR(**{**SMALL, "temporal": "none"}), AdcVSR(**{**SMALL, "temporal": temporal})
+    augmented.load_state_dict({**augmented.state_dict(), **flat.state_dict()})
+    lr = clip(b=2, t=3)
+    assert torch.equal(augmented(lr), flat(lr))
+
+
+@torch.no_grad()
+def test_untrained_pixel_skip_is_bicubic():
+    lr = clip(t=2, h=16, w=32)
+    bicubic = F.interpolate(lr[0], scale_factor=4, mode="bicubic")[None]
+    assert distance(AdcVSR(**{**SMALL, "pixel_skip": True})(lr), bicubic) < 1e-6
+    lr = clip(t=2, h=17, w=31)  # padded inside: the same, away from the padded borders
+    bicubic = F.interpolate(lr[0], scale_factor=4, mode="bicubic")[None]
+    inside = (..., slice(-8), slice(-8))
+    assert distance(AdcVSR(**{**SMALL, "pixel_skip": True})(lr)[inside], bicubic[inside]) < 1e-6
+
+
+# Shapes and independence
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("t, h, w", [(1, 1, 1), (2, 17, 31), (1, 20, 24), (3, 16, 2), (1, 9, 48)])
+def test_output_is_exactly_4x_and_features_have_the_padded_size(t, h, w):
+    sr, features = AdcVSR(**UNEVEN)(clip(2, t, h, w), return_features=True)
+    assert sr.shape == (2, t, 3, SCALE * h, SCALE * w)
+    assert features.shape == (2, t, UNEVEN["decoder_channels"][-1], -(-h // 16) * 8, -(-w // 16) * 8)
+    assert sr.isfinite().all()
+
+
+@torch.no_grad()
+def test_batch_of_two_equals_two_singles():
+    net, lr = awake(AdcVSR(**SMALL)).double(), clip(b=2, t=3, h=20, dtype=torch.float64)
+    assert distance(net(lr), torch.cat([net(lr[:1]), net(lr[1:])])) < 1e-12
+
+
+@torch.no_grad()
+def test_frames_meet_only_in_temporal_blocks():
+    lr = clip(t=3, dtype=torch.float64)
+    flat = awake(AdcVSR(**{**SMALL, "temporal": "none"})).double()
+    assert distance(flat(lr), torch.cat([flat(frame) for frame in lr.split(1, dim=1)], dim=1)) < 1e-12
+    for temporal in ("layer", "block"):
+        net = awake(AdcVSR(**{**SMALL, "temporal": temporal})).double()
+        change = net(lr) - net(torch.cat([-lr[:, :1], lr[:, 1:]], dim=1))
+        assert (change.abs().amax(dim=(0, 2, 3, 4)) > 1e-4).all()
+
+
+@torch.no_grad()
+def test_a_temporal_block_sees_two_frames_on_each_side():
+    block, x = awake(TemporalBlock(4)), torch.randn(9, 4, 2, 2)
+    other = x.clone()
+    other[4] += 1
+    changed = (block(x, Memory(1)) != block(other, Memory(1))).flatten(1).any(dim=1)
+    assert changed.nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
+
+
+@torch.no_grad()
+def test_the_tail_never_sees_more_than_its_few_frames():
+    net, seen = AdcVSR(**SMALL), []
+    net.decoder.conv_out.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    net(clip(b=2, t=5))
+    list(net.stream(clip(b=2, t=5).split(5, dim=1)))
+    assert sum(seen) == 20 and max(seen) <= AdcVSR.TAIL_FRAMES
+
+
+# Training
+
+
+@pytest.mark.parametrize("pixel_skip", [True, False])
+@pytest.mark.parametrize("temporal", ["layer", "block"])
+def test_gradients_reach_every_parameter_within_three_steps(temporal, pixel_skip):
+    net = AdcVSR(**{**SMALL, "temporal": temporal, "pixel_skip": pixel_skip})
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-3)
+    lr, hr, unreached = clip(t=3, h=32, w=32), clip(t=3, h=128, w=128), {k for k, _ in net.named_parameters()}
+    for _ in range(3):
+        optimiser.zero_grad()
+        F.l1_loss(net(lr), hr).backward()
+        unreached -= {k for k, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+        optimiser.step()
+    # Softmax ignores what is added to all keys alike: at best rounding errors arrive there.
+    assert unreached <= {"decoder.mid_block.attentions.0.to_k.bias"}
+
+
+def test_zeroing_both_temporal_convs_would_stop_training_and_zeroing_the_last_does_not():
+    def reached(block: TemporalBlock) -> bool:
+        optimiser, x, target = (
+            torch.optim.SGD(block.parameters(), lr=0.1),
+            torch.randn(5, 4, 2, 2),
+            torch.randn(5, 4, 2, 2),
+        )
+        for _ in range(2):
+            optimiser.zero_grad()
+            F.mse_loss(block(x, Memory(batch=1)), target).backward()
+            optimiser.step()
+        return bool(block.conv1.weight.grad.any())
+
+    trap = TemporalBlock(4)
+    nn.init.zeros_(trap.conv1.weight)
+    nn.init.zeros_(trap.conv1.bias)
+    assert reached(TemporalBlock(4)) and not reached(trap)
+
+
+@pytest.mark.parametrize("temporal", ["layer", "block"])
+def test_activation_checkpointing_changes_neither_output_nor_gradients(temporal):
+    net, lr = awake(AdcVSR(**{**SMALL, "temporal": temporal})).double(), clip(b=2, t=3, dtype=torch.float64)
+    results = []
+    for checkpointing in (False, True):
+        net.unet.checkpointing = checkpointing
+        net.zero_grad()
+        sr, features = net(lr, return_features=True)
+        (sr.square().mean() + features.abs().mean()).backward()
+        results.append([sr.detach(), *(p.grad.clone() for p in net.parameters())])
+    for plain, recomputed in zip(*results):
+        assert distance(plain, recomputed) < 1e-12
+
+
+# Files
+
+
+@torch.no_grad()
+def test_a_saved_float16_folder_loads_its_values_and_config(tmp_path):
+    net = awake(AdcVSR(**UNEVEN))
+    net.half().save_pretrained(tmp_path)
+    loaded = AdcVSR.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()) == UNEVEN
+    assert loaded.state_dict().keys() == net.state_dict().keys()
+    assert all(torch.equal(v, net.state_dict()[k].to(v.dtype)) for k, v in loaded.state_dict().items())
+    lr = clip()
+    assert distance(loaded.float()(lr), net.float()(lr)) < 1e-6
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 500
+    return message
+
+
+def rewrite(name: str, change):
+    """Breaks a saved folder: `change` maps the old bytes of file `name` to new ones, or None to remove it."""
+
+    def apply(folder: Path) -> None:
+        new = change((folder / name).read_bytes())
+        (folder / name).unlink() if new is None else (folder / name).write_bytes(new)
+
+    return apply
+
+
+def configured(**changes):
+    return rewrite("config.json", lambda old: json.dumps({**json.loads(old), **changes}).encode())
+
+
+def weighted(change):
+    return rewrite(
+        "model.safetensors", lambda old: safetensors.torch.save(change(safetensors.torch.load(old)))
+    )
+
+
+BROKEN = {
+    "missing key": weighted(lambda state: {k: v for k, v in state.items() if k != "unet.conv_in.bias"}),
+    "extra key": weighted(lambda state: {**state, "unet.extra": torch.zeros(1)}),
+    "other widths": configured(decoder_channels=[8] * 4),
+    "unknown placement": configured(temporal="all"),
+    "truncated": rewrite("model.safetensors", lambda old: old[:1000]),
+    "no weights": rewrite("model.safetensors", lambda old: None),
+    "config is not JSON": rewrite("config.json", lambda old: b"{"),
+    "no config": rewrite("config.json", lambda old: None),
+    "no folder": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_folder_that_does_not_fit_is_one_line(tmp_path, how):
+    folder = tmp_path / "weights"
+    AdcVSR(**UNEVEN).save_pretrained(folder)
+    BROKEN[how](folder)
+    with pytest.raises(WeightsError) as error:
+        AdcVSR.from_pretrained(folder)
+    assert str(folder) in one_line(error)
+
+
+# AdcSR's official pair
+
+STAGES = ["down_blocks.0", "down_blocks.1", "down_blocks.2", "down_blocks.3", "mid_block"]
+STAGES += ["up_blocks.0", "up_blocks.1", "up_blocks.2", "up_blocks.3", "conv_norm_out", "act", "conv_out"]
+
+
+def official_pair(net: AdcVSR) -> tuple[dict, dict]:
+    """net's weights as AdcSR publishes them: wrapper prefix, aliases, and a frozen mid block beside."""
+    params = {}
+    for key, value in net.unet.state_dict().items():
+        params[f"module.body.1.{key}"] = value
+        for i, stage in enumerate(STAGES):
+            if key.startswith(f"{stage}."):
+                params[f"module.body.1.body.{i}.{key.removeprefix(stage + '.')}"] = value
+    params |= {f"module.body.2.{k}": v for k, v in net.decoder.mid_block.state_dict().items()}
+    width = net.unet.conv_out.out_channels
+    decoder = {
+        "decoder.conv_in.weight": torch.randn(width, 4, 3, 3),
+        "decoder.conv_in.bias": torch.randn(width),
+    }
+    for key, value in net.decoder.state_dict().items():
+        decoder[f"decoder.{key}"] = torch.randn_like(value) if key.startswith("mid_block.") else value
+    others = {
+        "encoder.conv_in.weight": torch.randn(3),
+        "loss.logvar": torch.zeros(()),
+        "post_quant_conv.bias": torch.ones(4),
+    }
+    return params, {"epoch": 3, "state_dict": {**others, **decoder}}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """The network behind a synthetic pair, what the two files hold, and `load` to write and read them."""
+    net = awake(AdcVSR(**{**UNEVEN, "temporal": "none"}))
+    params, decoder = official_pair(net)
+
+    def load(**options):
+        torch.save(params, tmp_path / "net_params_200.pkl")
+        torch.save(decoder, tmp_path / "halfDecoder.ckpt")
+        files = tmp_path / "net_params_200.pkl", tmp_path / "halfDecoder.ckpt"
+        return AdcVSR.from_adcsr(*files, **{**UNEVEN, **options})
+
+    return net, params, decoder, load
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal", ["layer", "none"])
+def test_the_official_pair_gives_the_network_it_came_from(pair, temporal):
+    net, _, _, load = pair
+    loaded = load(temporal=temporal)
+    lr = clip(b=1, t=3, h=17, w=31)
+    assert distance(loaded(lr), net(lr)) < 1e-6
+    # The mid block that AdcSR trained, not the frozen original beside it.
+    for key, value in net.decoder.mid_block.state_dict().items():
+        assert torch.equal(loaded.decoder.mid_block.state_dict()[key], value)
+
+
+FAULTS = [  # file, key, what stands there instead: nothing, or a tensor
+    ("net_params_200.pkl", "module.body.1.mid_block.resnets.0.norm1.weight", None),
+    ("net_params_200.pkl", "module.body.3.weight", torch.zeros(1)),
+    ("net_params_200.pkl", "module.body.1.conv_in.bias", torch.zeros(13)),
+    ("halfDecoder.ckpt", "decoder.conv_out.bias", None),
+    ("halfDecoder.ckpt", "decoder.conv_mid.bias", torch.zeros(1)),
+    ("halfDecoder.ckpt", "decoder.conv_in.bias", torch.zeros(5)),
+]
+
+
+@pytest.mark.parametrize("file, key, value", FAULTS)
+def test_an_official_file_that_does_not_fit_is_one_line_with_the_key(pair, file, key, value):
+    _, params, decoder, load = pair
+    weights = params if file.startswith("net") else decoder["state_dict"]
+    weights.pop(key, None)
+    if value is not None:
+        weights[key] = value
+    with pytest.raises(WeightsError) as error:
+        load()
+    assert file in one_line(error) and key.removeprefix("module.").removeprefix("decoder.") in one_line(error)
+
+
+@torch.no_grad()
+def test_python_objects_in_a_pickle_need_trust(pair):
+    net, _, decoder, load = pair
+    decoder["options"] = argparse.Namespace(lr=1e-4)
+    with pytest.raises(WeightsError, match="--trust-pickle") as error:
+        load()
+    one_line(error)
+    lr = clip()
+    assert distance(load(trust_pickle=True)(lr), net(lr)) < 1e-6
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint " * 100, b"PK\x03\x04" + bytes(500), None])
+def test_a_file_that_is_no_checkpoint_is_one_line_and_asks_for_no_trust(tmp_path, content, trust):
+    path = tmp_path / "net_params_200.pkl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(WeightsError) as error:
+        AdcVSR.from_adcsr(path, path, trust_pickle=trust, **UNEVEN)
+    assert str(path) in one_line(error) and "trust" not in one_line(error)
+
+
+@needs_keys
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_official_pair_at_full_size(tmp_path):
+    files = tmp_path / "net_params_200.pkl", tmp_path / "halfDecoder.ckpt"
+    params, decoder = {}, {}
+    for key, (alias, shape) in sorted(official_keys().items(), key=lambda item: item[1][0]):
+        if key.startswith("body."):
+            params[f"module.{key}"] = params[f"module.{alias}"] if alias else torch.randn(shape) * 0.02
+        else:
+            decoder[f"decoder.{key}"] = torch.randn(shape) * 0.02
+    torch.save(params, files[0])
+    torch.save({"state_dict": decoder}, files[1])
+    net = AdcVSR.from_adcsr(*files)
+    files[0].unlink()
+    assert all(
+        torch.equal(v, params[f"module.body.2.{k}"]) for k, v in net.decoder.mid_block.state_dict().items()
+    )
+    unet = {k: v for k, v in net.unet.state_dict().items() if ".temporal_" not in k}
+    assert all(torch.equal(v, params[f"module.body.1.{k}"]) for k, v in unet.items())
+    tail = {k: v for k, v in net.decoder.state_dict().items() if not k.startswith("mid_block.")}
+    assert all(torch.equal(v, decoder[f"decoder.{k}"]) for k, v in tail.items())
+    sr, features = net(clip(t=1), return_features=True)
+    assert sr.shape == (1, 1, 3, 64, 64) and features.shape == (1, 1, 256, 8, 8) and sr.isfinite().all()
+
+
+# The pruned start from SD2.1
+
+
+def sd_vae() -> AutoencoderKL:
+    widths = [2 * c for c in UNEVEN["decoder_channels"]]
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=2,
+    )
+
+
+@torch.no_grad()
+def test_sd_weights_are_cut_to_their_first_channels_and_left_alone():
+    unet, vae = awake(sd_unet(4, 4, UNEVEN["unet_channels"])), awake(sd_vae())
+    before = {k: v.clone() for source in (unet, vae) for k, v in source.state_dict().items()}
+    net = AdcVSR.from_sd(unet, vae, **UNEVEN)
+    after = {**unet.state_dict(), **vae.state_dict()}
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    # conv_in: SD's four channels over and over along the input. conv_out: row i is SD's row i mod 4.
+    for i in range(12):
+        assert torch.equal(net.unet.conv_in.weight[:, i], unet.conv_in.weight[:12, i % 4])
+    for i in range(net.unet.conv_out.out_channels):
+        assert torch.equal(net.unet.conv_out.weight[i], unet.conv_out.weight[i % 4, :12])
+        assert net.unet.conv_out.bias[i] == unet.conv_out.bias[i % 4]
+    cut = {
+        k: v
+        for k, v in net.state_dict().items()
+        if ".temporal_" not in k and not k.startswith("unet.conv_out")
+    }
+    for key, own in cut.items():
+        source = before[key.removeprefix("unet.")]
+        if key != "unet.conv_in.weight":
+            assert torch.equal(own, source[tuple(slice(n) for n in own.shape)]), key
+    flat = AdcVSR.from_sd(unet, vae, **{**UNEVEN, "temporal": "none"})
+    lr = clip(t=3)
+    assert torch.equal(net(lr), flat(lr))  # the temporal blocks are still the identity
+
+
+@pytest.mark.parametrize("wrong", [dict(use_linear_projection=False), dict(layers_per_block=1)])
+def test_another_unet_than_sd21s_is_one_line(wrong):
+    with pytest.raises(WeightsError) as error:
+        AdcVSR.from_sd(sd_unet(4, 4, UNEVEN["unet_channels"], **wrong), sd_vae(), **UNEVEN)
+    one_line(error)
+
+
+# Streaming
+
+
+def streamed(net: AdcVSR, lr: torch.Tensor, chunk: int) -> torch.Tensor:
+    return torch.cat(list(net.stream(lr.split(chunk, dim=1))), dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal", ["layer", "block", "none"])
+def test_stream_equals_clip_for_any_chunks(temporal):
+    net = awake(AdcVSR(**{**SMALL, "temporal": temporal, "pixel_skip": True})).double()
+    for t, chunks in {1: [2], 2: [1], 7: [5], 20: [7], 60: [1, 25, 60]}.items():
+        lr = clip(b=2, t=t, dtype=torch.float64)
+        sr = net(lr)
+        for chunk in chunks:
+            assert distance(streamed(net, lr, chunk), sr) < 1e-9, f"{t} frames in chunks of {chunk}"
+    lr = lr.float()
+    assert distance(streamed(net.float(), lr, 7), net(lr)) < 1e-4
+
+
+@torch.no_grad()
+def test_stream_equals_clip_for_uneven_chunks_of_odd_frames():
+    net, lr = awake(AdcVSR(**SMALL)).double(), clip(b=2, t=11, h=9, w=17, dtype=torch.float64)
+    result = torch.cat(list(net.stream(lr.split([4, 1, 3, 2, 1], dim=1))), dim=1)
+    assert distance(result, net(lr)) < 1e-9
+    assert list(net.stream([])) == []
+
+
+@torch.no_grad()
+def test_a_chunk_that_does_not_fit_into_memory_is_halved_and_nothing_is_lost():
+    net, lr = awake(AdcVSR(**SMALL)).double(), clip(t=16, dtype=torch.float64)
+    expected = net(lr)
+
+    def small_device(module, args):
+        if len(args[0]) > 3:
+            raise torch.OutOfMemoryError
+
+    net.unet.mid_block.register_forward_pre_hook(small_device)
+    assert distance(streamed(net, lr, 8), expected) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal", ["layer", "block"])
+def test_a_clip_longer_than_the_lag_flows_out_before_it_ends(temporal):
+    net = awake(AdcVSR(**{**SMALL, "temporal": temporal})).double()
+    lr, fed, results = clip(t=200, dtype=torch.float64), 0, []
+
+    def feed():
+        nonlocal fed
+        for chunk in lr.split(25, dim=1):
+            fed += chunk.shape[1]
+            yield chunk
+
+    for sr in net.stream(feed()):
+        results.append(sr)
+        assert sum(r.shape[1] for r in results) <= fed - (net.lag if fed < 200 else 0)
+        if len(results) == 1:
+            assert fed == -(-(net.lag + 1) // 25) * 25 < 200
+    assert distance(torch.cat(results, dim=1), net(lr)) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal, limit", [("layer", 160), ("block", 40)])
+def test_the_first_result_comes_once_lag_plus_one_frames_are_in(temporal, limit):
+    net, fed = AdcVSR(**{**SMALL, "temporal": temporal}), 0
+
+    def feed():
+        nonlocal fed
+        for frame in clip(t=limit).split(1, dim=1):
+            fed += 1
+            yield frame
+
+    assert next(net.stream(feed())).shape[1] == 1
+    assert fed == net.lag + 1 <= limit
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temporal", ["layer", "block"])
+def test_a_stream_computes_nothing_twice(temporal):
+    net, lr = AdcVSR(**{**SMALL, "temporal": temporal}), clip(t=30)
+    flops = []
+    for function in (net, lambda lr: streamed(net, lr, 10)):
+        with FlopCounterMode(display=False) as counter:
+            function(lr)
+        flops.append(counter.get_total_flops())
+    assert 0 < flops[0] and flops[1] <= 1.01 * flops[0]
+
+
+@torch.no_grad()
+def test_the_queues_stop_growing_and_hold_no_more_than_they_say():
+    net, memory, sizes = AdcVSR(**SMALL), None, []
+    for chunk in clip(t=180).split(20, dim=1):
+        memory = Memory(1, memory.held if memory else None, closing=range(0))
+        net.encode(chunk, memory)
+        sizes.append(memory.nbytes())
+    assert sizes[0] < sizes[3] and sizes[-4] == sizes[-1]  # filled after the lag of 76 frames, then constant
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in memory.held.values()}
+    assert sum(storages.values()) == memory.nbytes()
