@@ -1,4 +1,4 @@
-"""All benchmarks: `python bench.py infer | degrade | data | metrics`. Each prints a table, none asserts.
+"""All benchmarks: `python bench.py quality | long | infer | degrade | data | metrics`. Each prints a table.
 
 Times are of this machine at this moment: compare rows of one run, not rows of two machines.
 """
@@ -11,8 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from runtime import run
 
 ROOT = Path(__file__).parent
 SIZES = ((128, 96), (320, 240), (640, 360))  # LR width and height
@@ -39,6 +44,81 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def bench_quality(videos: str, images: str, weights: str, picture: str | None) -> None:
+    """PSNR, SSIM and E*_warp of bicubic and of the weights on data.py's held-out clips, 25x256x256.
+
+    E*_warp is under OpenCV's DIS flow, corrected convention. picture: bicubic | ours | HR of some frames.
+    """
+    from data import validation_clips
+    from infer import as_frames, as_network, choose_device_and_dtype
+    from metrics import dis_flow, psnr, ssim, warping_errors
+    from model import SCALE, AdcVSR
+
+    device, dtype = choose_device_and_dtype("auto", "auto")
+    net = AdcVSR.from_pretrained(weights).to(device, dtype).to(memory_format=torch.channels_last).eval()
+    rows, panels = [], []
+    print(f"{weights}, {str(dtype)[6:]}, {machine()}")
+    print(f"{'':30} PSNR bicubic/ours   SSIM bicubic/ours   E*_warp HR/bicubic/ours")
+    for name, hr, lr in validation_clips(videos, images):
+        x = as_network(list(lr), device)
+        with torch.no_grad():
+            ours = as_frames(net(x[None])[0])
+        bicubic = as_frames(F.interpolate(x, scale_factor=float(SCALE), mode="bicubic"))
+        hr, bicubic, ours = (
+            rearrange(torch.from_numpy(c), "t h w c -> t c h w") for c in (hr, bicubic, ours)
+        )
+        row = [judge(c, hr).mean().item() for judge in (psnr, ssim) for c in (bicubic, ours)]
+        row += [warping_errors(c, dis_flow).mean().item() for c in (hr, bicubic, ours)]
+        rows.append(row)
+        print(line(name, row), flush=True)
+        panels.append(torch.cat([c[12] for c in (bicubic, ours, hr)], dim=-1))
+    print(line("mean", np.mean(rows, axis=0)))
+    if picture:
+        imageio.imwrite(picture, rearrange(torch.cat(panels, dim=-2), "c h w -> h w c").numpy())
+
+
+def bench_long(images: str, weights: str, frames: int = 120) -> None:
+    """Clips longer than training's: one exact stream against overlapping windows of 25 frames."""
+    from data import HELD_OUT_IMAGES, moving_crop, procedural_clip
+    from degrade import degrade
+    from infer import Frame, choose_device_and_dtype, upscale
+    from metrics import dis_flow, psnr, warping_errors
+    from model import AdcVSR
+    from video import read_clip
+
+    device, dtype = choose_device_and_dtype("auto", "auto")
+    net = AdcVSR.from_pretrained(weights).to(device, dtype).to(memory_format=torch.channels_last).eval()
+    net.requires_grad_(False)
+    rows = []
+    print(f"{weights}, {frames} frames of 256x256, {machine()}")
+    print(f"{'':22} PSNR stream/windows   E*_warp stream/windows")
+    for number in range(6):
+        rng = np.random.default_rng(number)
+        name = HELD_OUT_IMAGES[number] if number < 4 else f"procedural {number}"
+        if number < 4:
+            hr = moving_crop(read_clip(Path(images) / name)[0], frames, 256, rng)
+        else:
+            hr = procedural_clip(rng, frames, (256, 256)).frames
+        lr = degrade(hr, rng)
+        gt = rearrange(torch.from_numpy(hr), "t h w c -> t c h w")
+        row = []
+        for window, chunk in ((0, 8), (25, 17)):
+            source = (Frame(rgb, i) for i, rgb in enumerate(lr))
+            sr = np.stack([sr for _, sr in upscale(net, source, chunk, window)])
+            sr = rearrange(torch.from_numpy(sr), "t h w c -> t c h w")
+            row += [psnr(sr, gt).mean().item(), warping_errors(sr, dis_flow).mean().item()]
+        rows.append(row)
+        print(f"{name[:22]:22} {row[0]:6.2f} / {row[2]:6.2f}   {row[1]:6.2f} / {row[3]:6.2f}", flush=True)
+    mean = np.mean(rows, axis=0)
+    print(f"{'mean':22} {mean[0]:6.2f} / {mean[2]:6.2f}   {mean[1]:6.2f} / {mean[3]:6.2f}")
+
+
+def line(name: str, row) -> str:
+    return f"{name[:30]:30} {row[0]:6.2f} / {row[1]:6.2f}   {row[2]:.4f} / {row[3]:.4f}   " + " / ".join(
+        f"{e:5.2f}" for e in row[4:]
+    )
+
+
 def bench_infer(frames: int = 4) -> None:
     """Seconds a frame by size and dtype, start-up, and on a GPU peak memory, with the shipped weights."""
     from infer import SHIPPED
@@ -63,7 +143,7 @@ def start_up() -> float:
     work = (
         "import infer, itertools; args = infer.parse(['sample.mp4']); net = infer.load_network(args); "
         "reader = infer.VideoReader('sample.mp4'); frames = itertools.islice(reader, 1); "
-        "next(infer.upscale(net, frames, 1, 'none')); print('ready')"
+        "next(infer.upscale(net, frames, 1)); print('ready')"
     )
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", work], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
@@ -151,11 +231,15 @@ def bench_metrics(frames: int = 25, size: int = 512) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("infer", "degrade", "data", "metrics"))
-    parser.add_argument("--videos", default="datasets/videos", help="for data")
-    parser.add_argument("--images", default="datasets/images", help="for data")
+    parser.add_argument("what", choices=("quality", "long", "infer", "degrade", "data", "metrics"))
+    parser.add_argument("--videos", default="datasets/videos", help="for quality and data")
+    parser.add_argument("--images", default="datasets/images", help="for quality and data")
+    parser.add_argument("--weights", default=str(ROOT / "weights" / "tiny"), help="for quality")
+    parser.add_argument("--picture", help="for quality: bicubic | ours | HR, a PNG")
     args = parser.parse_args()
     work = {
+        "quality": lambda: bench_quality(args.videos, args.images, args.weights, args.picture),
+        "long": lambda: bench_long(args.images, args.weights),
         "infer": bench_infer,
         "degrade": bench_degrade,
         "data": lambda: bench_data(args.videos, args.images),
@@ -165,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -37,6 +37,7 @@ DEMO_NOTICE = (
     "(AdcSR's official files) or --weights FOLDER_OR_HUB_ID."
 )
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
+CONTEXT = 4  # Choice: frames that a window of --window shares with either neighbour
 SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
@@ -108,10 +109,26 @@ def wanted_frames(reader: VideoReader, args: argparse.Namespace) -> Iterator[Fra
         yield frame
 
 
+def in_windows(net: AdcVSR, chunks: Iterator[Tensor], window: int) -> Iterator[Tensor]:
+    """The other way through a long clip: windows of `window` frames, each on its own, as training saw clips.
+
+    The outer CONTEXT frames of a window overlap with its neighbours and are cut off. chunks (1 t 3 h w) ->
+    results (1 t 3 4h 4w), in order.
+    """
+    held, skip = None, 0
+    for chunk in chunks:
+        held = chunk if held is None else torch.cat([held, chunk], dim=1)
+        while held.shape[1] >= window:
+            yield net(held[:, :window])[:, skip : window - CONTEXT]
+            held, skip = held[:, window - 2 * CONTEXT :], CONTEXT
+    if held is not None:
+        yield net(held)[:, skip:]
+
+
 def upscale(
-    net: AdcVSR, frames: Iterator[Frame], chunk: int, color: str
+    net: AdcVSR, frames: Iterator[Frame], chunk: int, window: int = 0, color: str = "none"
 ) -> Iterator[tuple[Frame, np.ndarray]]:
-    """(source frame, its x4 frame (4h 4w 3) uint8), in order."""
+    """(source frame, its x4 frame (4h 4w 3) uint8), in order: as one stream, or in windows."""
     device = net.unet.conv_in.weight.device
     waiting: deque[Frame] = deque()  # frames whose result is still to come
 
@@ -120,7 +137,7 @@ def upscale(
             waiting.extend(batch)
             yield as_network([f.rgb for f in batch], device)[None]
 
-    for sr in net.stream(chunks()):
+    for sr in in_windows(net, chunks(), window) if window else net.stream(chunks()):
         sources = [waiting.popleft() for _ in range(sr.shape[1])]
         sr = COLORS[color](sr[0].float(), as_network([f.rgb for f in sources], device))
         if not torch.isfinite(sr).all():
@@ -189,7 +206,7 @@ def fingerprint(path: Path) -> list:
 def open_parts(parts: Path, reader: VideoReader, args: argparse.Namespace) -> None:
     """The folder of finished segments, new or to be gone on with. `UserError` if it was made otherwise."""
     weights = [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]
-    result = "chunk color dtype device crf protocol downscale start duration compare".split()
+    result = "chunk window color dtype device crf protocol downscale start duration compare".split()
     plan = {"input": fingerprint(reader.path), "weights": weights} | {
         k: str(getattr(args, k)) for k in result
     }
@@ -210,10 +227,11 @@ def open_parts(parts: Path, reader: VideoReader, args: argparse.Namespace) -> No
         raise UserError(f"{parts}: cannot be written ({error.strerror}). Choose another -o.") from error
 
 
-def process(path: Path, output: Path | None, net: AdcVSR | None, args: argparse.Namespace) -> AdcVSR | None:
-    """Upscales one clip. The network is loaded when the first clip has opened, and returned for the next."""
+def process(path: Path, folder: Path | None, net: AdcVSR | None, args: argparse.Namespace) -> AdcVSR:
+    """Upscales one clip, into `folder` if there is one. Returns the network, loaded with the first clip."""
     with VideoReader(path, start=args.start) as reader:
-        output = output or default_output(reader)
+        output = args.output or default_output(reader)
+        output = folder / default_output(reader).name if folder else output
         if output.resolve() == path.resolve():
             raise UserError(f"{path}: the output would replace the input. Choose another -o.")
         side = PROTOCOL_SIDE * args.downscale if args.protocol else sys.maxsize
@@ -289,28 +307,27 @@ def write_segments(reader, net, parts, targets, height, total, done, args) -> li
             yield frame
 
     keep = done * SEGMENT
-    early = max(0, (keep - net.lag) // args.chunk * args.chunk)
+    reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
+    early = max(0, (keep - reach) // grid * grid)
     frames = islice(noting_starts(), early, None)  # decoding is far faster than the network
     color = args.color or ("none" if net.pixel_skip else "adain")
-    results = islice(upscale(net, frames, args.chunk, color), keep - early, None)
+    results = islice(upscale(net, frames, grid, args.window, color), keep - early, None)
     with tqdm(total=total, initial=keep, unit="frame", disable=None, dynamic_ncols=True) as bar:
-        first = next(results, None)
+        count, first = keep, next(results, None)
         while first is not None:
-            k = bar.n // SEGMENT
             with ExitStack() as stack:
                 writers = []
                 for target, width in targets.items():
-                    file = segment(parts, target, k)
+                    file = segment(parts, target, count // SEGMENT)
                     writer = VideoWriter(file, width, height, reader.rate, reader, args.crf, sound=False)
                     writers.append(stack.enter_context(writer))
                 for frame, sr in islice(chain([first], results), SEGMENT):
                     writers[0].write(sr, frame.time)
                     for writer in writers[1:]:
                         writer.write(side_by_side(frame, sr), frame.time)
-                    bar.n += 1
-                    bar.update(0)
+                    bar.update()
+                    count += 1
             first = next(results, None)
-        count = bar.n
     if len(starts) != -(-count // SEGMENT):
         raise UserError(f"{reader.path}: {count} frames came out, more went in. Please report this.")
     return starts
@@ -364,6 +381,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adcsr", nargs=2, metavar=("NET_PARAMS", "HALF_DECODER"), help="AdcSR's two official files")
     add("--trust-pickle", action="store_true", help="let AdcSR's files run code while they load")
     add("--chunk", type=int, default=CHUNK, help=f"frames a step ({CHUNK})")
+    add("--window", type=int, default=0, help="windows of N frames instead of one exact stream (0: stream)")
     add("--color", choices=COLORS, help="colour from the input; default: adain, for tiny none")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -381,6 +399,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.chunk < 1:
         parser.error(f"--chunk {args.chunk}: give 1 or more")
+    if args.window and args.window <= 2 * CONTEXT:
+        parser.error(f"--window {args.window}: give more than {2 * CONTEXT}, the frames that overlap")
     if not 0 <= args.crf <= 51:
         parser.error(f"--crf {args.crf}: give 0 to 51")
     if args.start < 0 or (args.duration is not None and args.duration <= 0):
@@ -399,18 +419,16 @@ def clips_in(path: Path) -> list[Path]:
 def main() -> None:
     args = parse()
     clips = [clip for path in args.input for clip in clips_in(path)]
-    several = len(clips) > 1 or clips != args.input
-    if several and args.output:
-        if args.output.suffix:
-            raise UserError(f"{args.output}: several inputs need a folder as their -o.")
-        args.output.mkdir(parents=True, exist_ok=True)
+    folder = args.output if clips != args.input or len(clips) > 1 else None
+    if folder:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: not a folder ({error.strerror}); several inputs need one.") from error
     net, failed = None, 0
     for clip in clips:
-        output = args.output
-        if several and output:
-            output = output / f"{clip.stem}_x4{clip.suffix if clip.suffix in VIDEO_FORMATS else '.mp4'}"
         try:
-            net = process(clip, output, net, args) or net
+            net = process(clip, folder, net, args)
         except torch.OutOfMemoryError as error:
             way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
             raise UserError(f"{clip}: out of GPU memory with a single frame. {way_out}") from error

@@ -253,6 +253,24 @@ def test_wavelet_takes_the_low_frequencies_from_the_input_and_the_detail_from_th
     torch.testing.assert_close(fixed[inside], stripes[inside], atol=1e-3, rtol=0)
 
 
+def test_in_windows_every_frame_comes_once_with_context_on_both_sides():
+    """A stand-in network that says where in its window a frame was: (the frame, frames before, frames after)."""
+
+    def where(lr):
+        before = torch.arange(lr.shape[1], dtype=torch.float32)[None, :, None, None]
+        return torch.stack(
+            [lr[:, :, 0], before.expand_as(lr[:, :, 0]), before.flip(1).expand_as(lr[:, :, 0])], 2
+        )
+
+    for frames in (1, 8, 24, 25, 26, 42, 60):
+        clip = torch.arange(frames, dtype=torch.float32)[None, :, None, None, None].expand(1, -1, 3, 2, 2)
+        result = torch.cat(list(infer.in_windows(where, iter(clip.split(17, dim=1)), 25)), dim=1)
+        assert result[0, :, 0, 0, 0].tolist() == list(range(frames))
+        for i, (before, after) in enumerate(result[0, :, 1:, 0, 0].tolist()):
+            assert before >= infer.CONTEXT or before == i
+            assert after >= infer.CONTEXT or after == frames - 1 - i
+
+
 def test_out_of_memory_halves_the_chunk_and_drops_no_frame(monkeypatch):
     from model import PRESETS, AdcVSR
 

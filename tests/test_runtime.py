@@ -1,4 +1,4 @@
-"""runtime.py: errors in one line, a flag for every setting, checkpoints that are whole or not there at all."""
+"""runtime.py: errors in one line, a flag for every setting, checkpoints that are whole or not there."""
 
 import os
 import resource
@@ -109,7 +109,14 @@ def test_flags_override_the_preset_and_a_switch_can_be_turned_off():
 
 @pytest.mark.parametrize(
     "argv",
-    [["--unknown", "1"], ["--step", "7"], ["--preset", "third"], ["--steps", "many"], ["--halve-at", "x"], ["7"]],
+    [
+        ["--unknown", "1"],
+        ["--step", "7"],
+        ["--preset", "third"],
+        ["--steps", "many"],
+        ["--halve-at", "x"],
+        ["7"],
+    ],
 )
 def test_unknown_flags_abbreviations_and_values_of_another_type_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -181,12 +188,16 @@ def write_safetensors(folder: Path) -> None:
     save_file({"weight": torch.arange(10_000.0)}, folder / "model.safetensors")
 
 
-unhandled = pytest.mark.xfail(strict=True, reason="torch and safetensors do not raise OSError when a disk is full")
+unhandled = pytest.mark.xfail(strict=True, reason="a full disk is no OSError in torch and safetensors")
 
 
 @pytest.mark.parametrize(
     "too_large",
-    [write_text, pytest.param(write_torch, marks=unhandled), pytest.param(write_safetensors, marks=unhandled)],
+    [
+        write_text,
+        pytest.param(write_torch, marks=unhandled),
+        pytest.param(write_safetensors, marks=unhandled),
+    ],
 )
 def test_a_disk_without_room_is_one_line_and_the_earlier_checkpoints_are_intact(tmp_path, too_large):
     first = save_checkpoint(tmp_path, 1, write, keep=1)

@@ -179,7 +179,8 @@ def test_a_run_with_other_settings_is_refused_and_its_checkpoint_untouched(tmp_p
     before = (tmp_path / "step_000001" / "train.pt").read_bytes()
     with pytest.raises(UserError) as error:
         main(replace(cfg, steps=2, lr=1e-3, halve_at=()))
-    assert "lr was 0.0003, now 0.001" in str(error.value) and "halve_at was [2, 4], now []" in str(error.value)
+    line = str(error.value)
+    assert "lr was 0.0003, now 0.001" in line and "halve_at was [2, 4], now []" in line
     assert names(tmp_path) == ["log.jsonl", "step_000001"]
     assert (tmp_path / "step_000001" / "train.pt").read_bytes() == before
 
@@ -189,7 +190,10 @@ def test_only_settings_that_leave_the_result_alone_may_change(tmp_path, field):
     saved = json.loads(json.dumps(asdict(CONFIG)))
     torch.save({"step": 1, "config": saved}, tmp_path / "train.pt")
     old = getattr(CONFIG, field)
-    new = (*old, 9) if isinstance(old, tuple) else f"{old}2" if isinstance(old, str) else old + 1
+    if isinstance(old, bool):
+        new = not old
+    else:
+        new = old + {tuple: (9,), str: "2"}.get(type(old), 1)
     changed = replace(CONFIG, **{field: new})
     if field in "out steps save_every keep log_every validate_every validation_videos workers".split():
         assert load_training_state(tmp_path, changed, MAY_CHANGE)["step"] == 1
@@ -304,9 +308,9 @@ def test_two_processes_train_like_one_and_resume_exactly(tmp_path):
     main(alone)
     two_processes(tmp_path, three_runs, tmp_path)
     assert_same_checkpoint(tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006")
-    # Gradients rounded to bfloat16 are summed in another order, and Adam turns the sign of a gradient near zero
-    # into a whole step. So the losses agree closely, but the weights only on the whole: they end apart by 0.26 of
-    # the way they came (1.3 if every clip but one of a batch is ignored).
+    # Gradients rounded to bfloat16 are summed in another order, and Adam turns the sign of a gradient near
+    # zero into a whole step. So the losses agree closely, but the weights only on the whole: they end apart by
+    # 0.26 of the way they came (by 1.3 where every clip of a batch but one is ignored).
     both = replace(CONFIG, out=str(tmp_path / "straight"))
     for one, two in zip(logged(alone), logged(both), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
@@ -348,7 +352,8 @@ def start(launcher: list[str], *args, cwd: Path | None = None) -> subprocess.Pop
     """The command in a process group of its own, on the CPU, one thread a process."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, str(ROOT / "train_stage1.py"), *map(str, args)]
-    return subprocess.Popen(command, env=env, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=env, cwd=cwd, **pipes)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -408,7 +413,7 @@ def test_a_checkpoint_holds_the_student_as_it_was_trained(tmp_path):
 
 
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
-    """Between two steps: exit status 0, no half checkpoint, and the log has every step up to the saved one."""
+    """Between two steps: exit status 0, no half checkpoint, a log of every step up to the saved one."""
     command = [*SMALL, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path]
     process = start(ALONE, *command)
     while "step 2/" not in process.stdout.readline() and process.poll() is None:
@@ -439,7 +444,8 @@ def test_kill_9_while_saving_and_the_same_command_equal_the_straight_run(tmp_pat
     process.kill()
     process.communicate()
     assert not (killed / "step_000004").exists()
-    assert f"from step {int(newest_checkpoint(killed).name[5:])}" in finish(start(ALONE, *SMALL, "--out", killed))
+    last = int(newest_checkpoint(killed).name[5:])
+    assert f"at step {last}\n" in finish(start(ALONE, *SMALL, "--out", killed))
     assert names(killed) == names(straight)  # nor is anything half-made left
     assert_same_checkpoint(straight / "step_000004", killed / "step_000004")
 
@@ -459,7 +465,7 @@ def test_torchrun_starts_two_processes_again_that_end_like_the_straight_run(tmp_
     process = start([*TOGETHER, "--max-restarts=1"], *SMALL, "--out", killed)
     half_way_through(process, killed, step=2)
     os.kill(main_worker(process), signal.SIGKILL)
-    assert finish(process).count("from step ") == 2
+    assert finish(process).count("| at step ") == 2
     assert names(killed) == names(straight)
     assert_same_checkpoint(straight / "step_000004", killed / "step_000004")
 
