@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 # ------------------------------------------------------------------------------------------------------
 # Errors
@@ -148,11 +149,10 @@ def save_checkpoint(out: str | Path, step: int, write: Callable[[Path], None], k
                 os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in Python, torch and safetensors
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"{final}: cannot save ({error.strerror}). Earlier checkpoints are intact."
-        ) from error
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"{final}: cannot save ({reason}). Earlier checkpoints are intact.") from error
     older = sorted((p for p in out.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
     for path in older[:-keep]:
         shutil.rmtree(path, ignore_errors=True)

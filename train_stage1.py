@@ -58,12 +58,12 @@ class Config:
     pool: int = setting(600, "clips made once, of which the batches are random pieces; 0: every clip new")
     pool_frames: int = setting(12, "frames of a clip in the pool")
     pool_size: int = setting(256, "side of a clip in the pool")
-    steps: int = setting(1100, "optimiser steps; the paper's are 200K")
+    steps: int = setting(1300, "optimiser steps; the paper's are 200K")
     lr: float = setting(
         3e-4, "Adam's learning rate; the paper's is 1e-4 for a network that starts from SD2.1"
     )
     halve_at: tuple[int, ...] = setting(
-        (650, 850, 950, 1020, 1070), "steps after which the learning rate halves; the paper's is 100K"
+        (650, 1000, 1120, 1210, 1270), "steps after which the learning rate halves; the paper's is 100K"
     )
     lambda_pixel: float = setting(0.1, "weight of the pixel loss, Eq. 1")
     seed: int = setting(0, "seed of the initial weights and of the data")
@@ -129,12 +129,13 @@ def validate(student: AdcVSR, clips: list) -> dict[str, float]:
 # The run
 
 
-def batches(cfg: Config, world: World, clips: TrainingClips, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(clip_lr, clip_hr) of this rank in [-1, 1], from update `start` + 1 on."""
+def batches(cfg: Config, world: World, clips: TrainingClips, start: int) -> Iterator[tuple]:
+    """(clip_lr, clip_hr, files skipped) of this rank, clips in [-1, 1], from update `start` + 1 on."""
     for batch in loader(
         clips, start, cfg.steps, world.rank, world.size, cfg.batch, 0 if cfg.pool else cfg.workers
     ):
-        yield tuple(to_network(batch[k].to(world.device, non_blocking=True)) for k in ("lr", "hr"))
+        pair = (to_network(batch[k].to(world.device, non_blocking=True)) for k in ("lr", "hr"))
+        yield *pair, int(batch["skipped"].sum())
 
 
 def main(cfg: Config) -> None:
@@ -189,11 +190,13 @@ def main(cfg: Config) -> None:
         print(
             f"student {cfg.student} {size:.2f} M parameters | {world.size} x {world.device} | at step {step}"
         )
-    waited, since = 0.0, time.perf_counter()
+    waited, skipped, since = 0.0, 0, time.perf_counter()
     source, first = batches(cfg, world, clips, step), step
-    while step < cfg.steps and not world.any(stop.set):
+    stopping = False
+    while step < cfg.steps and not stopping:
         asked = time.perf_counter()
-        clip_lr, target = next(source)
+        clip_lr, target, passed_over = next(source)
+        skipped += passed_over
         waited += time.perf_counter() - asked
         step += 1
         for group in optimiser.param_groups:
@@ -209,6 +212,7 @@ def main(cfg: Config) -> None:
                 "lr": learning_rate(step, cfg),
                 "s_per_step": seconds,
                 "data_wait": waited / (step - first),
+                "skipped": skipped,
             }
             log.write(step=step, **values)
             if world.is_main:
@@ -226,8 +230,12 @@ def main(cfg: Config) -> None:
                 flush=True,
             )
             since, first = time.perf_counter(), step
-        if world.is_main and (step % cfg.save_every == 0 or step == cfg.steps or stop.set):
-            save_checkpoint(out, step, write, cfg.keep)
+        stopping = world.any(stop.set)  # asked of one process, done by all
+        if step % cfg.save_every == 0 or step == cfg.steps or stopping:
+            if not all(p.isfinite().all() for p in student.parameters()):  # the loss was, before the update
+                raise SystemExit(f"step {step}: the weights are not finite; the last checkpoint is kept")
+            if world.is_main:
+                save_checkpoint(out, step, write, cfg.keep)
         world.barrier()
 
 

@@ -13,8 +13,21 @@ import torch
 
 import data
 from data import (
-    DataError, Leaf, TrainingClips, draw_leaves, exact_flow, generator, indices, list_files, loader,
-    moving_crop, permutation, procedural_clip, random_crop, real_clips, validation_clips,
+    DataError,
+    Leaf,
+    TrainingClips,
+    draw_leaves,
+    exact_flow,
+    generator,
+    indices,
+    list_files,
+    loader,
+    moving_crop,
+    permutation,
+    procedural_clip,
+    random_crop,
+    real_clips,
+    validation_clips,
 )  # fmt: skip
 from runtime import UserError
 from video import VideoWriter, read_clip

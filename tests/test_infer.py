@@ -1,4 +1,4 @@
-"""What a user relies on when a clip goes in: a x4 clip out, whole, in time, resumable, and errors in one line."""
+"""What a user relies on when a clip goes in: a x4 clip out, whole, in time, resumable; errors in one line."""
 
 import os
 import signal
@@ -254,7 +254,7 @@ def test_wavelet_takes_the_low_frequencies_from_the_input_and_the_detail_from_th
 
 
 def test_in_windows_every_frame_comes_once_with_context_on_both_sides():
-    """A stand-in network that says where in its window a frame was: (the frame, frames before, frames after)."""
+    """A stand-in network that says where in its window a frame is: (frame, frames before, frames after)."""
 
     def where(lr):
         before = torch.arange(lr.shape[1], dtype=torch.float32)[None, :, None, None]

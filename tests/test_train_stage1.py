@@ -31,7 +31,7 @@ ROOT = Path(train_stage1.__file__).parent
 # The tiny student's topology, narrow enough for hundreds of steps in a test.
 MICRO = model.PRESETS["tiny"] | {"unet_channels": [16] * 4, "heads": [1] * 4, "decoder_channels": [8] * 4}
 CONFIG = replace(
-    PRESETS["smoke"], student="micro", frames=2, size=32, batch=2, steps=6, halve_at=(2, 4),
+    PRESETS["smoke"], student="micro", frames=2, size=32, batch=2, steps=6, lr=3e-4, halve_at=(2, 4),
     save_every=100, log_every=1,
 )  # fmt: skip
 POOL = {"pool": 3, "pool_frames": 3, "pool_size": 48}
@@ -113,7 +113,7 @@ def test_many_steps_on_one_clip_lower_its_loss():
     torch.manual_seed(0)
     student = AdcVSR(**MICRO)
     optimiser = torch.optim.Adam(student.parameters(), lr=2e-3)
-    clip_lr, target = next(iter(batches(CONFIG, WORLD, clips_of(CONFIG), 0)))
+    clip_lr, target, *_ = next(iter(batches(CONFIG, WORLD, clips_of(CONFIG), 0)))
     losses = [train_step(clip_lr, target, student, optimiser, CONFIG)["pixel"].item() for _ in range(40)]
     assert sum(losses[-5:]) < 0.9 * 5 * losses[0]
 
@@ -121,7 +121,7 @@ def test_many_steps_on_one_clip_lower_its_loss():
 def test_the_learning_rate_halves_exactly_after_each_named_step():
     cfg = Config(lr=8.0, halve_at=(3, 5))
     assert [learning_rate(step, cfg) for step in range(1, 8)] == [8, 8, 8, 4, 4, 2, 2]
-    assert learning_rate(10**6, Config(lr=8.0)) == 8
+    assert learning_rate(10**6, Config(lr=8.0, halve_at=())) == 8
     paper = Config(lr=1e-4, halve_at=(100_000,))
     assert [learning_rate(step, paper) for step in (1, 100_000, 100_001, 200_000)] == [1e-4] * 2 + [5e-5] * 2
 
@@ -222,7 +222,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_chec
     assert [line["step"] for line in logged(replace(CONFIG, out=str(tmp_path)))] == [1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="weights are saved before anyone looks whether they are finite")
 @pytest.mark.parametrize("often", [{"save_every": 1}, {"save_every": 2, "log_every": 5}], ids=["save", "log"])
 def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch, often):
     diverge_after(2, monkeypatch)
@@ -279,7 +278,7 @@ def gradients(world: World) -> dict[str, torch.Tensor]:
         p.data += 0.05 * torch.randn_like(p)
     wrapped = DistributedDataParallel(student) if world.size > 1 else student
     cfg = replace(CONFIG, batch=4, size=80)  # large enough for attention between places
-    clip_lr, target = next(batches(cfg, world, clips_of(cfg), 0))
+    clip_lr, target, *_ = next(batches(cfg, world, clips_of(cfg), 0))
     assert len(clip_lr) == 4 // world.size
     train_step(clip_lr.double(), target, wrapped, torch.optim.SGD(student.parameters(), lr=0.1), cfg)
     return {k: p.grad for k, p in student.named_parameters()}
@@ -309,8 +308,8 @@ def test_two_processes_train_like_one_and_resume_exactly(tmp_path):
     two_processes(tmp_path, three_runs, tmp_path)
     assert_same_checkpoint(tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006")
     # Gradients rounded to bfloat16 are summed in another order, and Adam turns the sign of a gradient near
-    # zero into a whole step. So the losses agree closely, but the weights only on the whole: they end apart by
-    # 0.26 of the way they came (by 1.3 where every clip of a batch but one is ignored).
+    # zero into a whole step. So the losses agree closely, but the weights only on the whole: they end apart
+    # by 0.26 of the way they came (by 1.3 where every clip of a batch but one is ignored).
     both = replace(CONFIG, out=str(tmp_path / "straight"))
     for one, two in zip(logged(alone), logged(both), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
@@ -335,7 +334,6 @@ def stopped_by_the_second(world: World, folder: Path) -> None:
     main(replace(CONFIG, out=str(folder / "run")))
 
 
-@pytest.mark.xfail(strict=True, reason="the main process saves only if the signal has reached it, too")
 def test_a_signal_to_one_of_two_processes_saves_too(tmp_path):
     two_processes(tmp_path, stopped_by_the_second, tmp_path)
     assert names(tmp_path / "run") == ["log.jsonl", "step_000001"]
