@@ -11,12 +11,17 @@ import math
 import av
 import cv2
 import numpy as np
-import scipy.special
 import torch
 
 import degrade
 
 INTERPOLATIONS = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "bicubic": cv2.INTER_CUBIC}
+
+
+def bessel_j1(x: float) -> float:
+    """The Bessel function J1 by its integral, the mean of cos(a - x sin a) for a from 0 to pi."""
+    angle = (np.arange(200) + 0.5) * math.pi / 200  # exact to rounding: the integrand is periodic
+    return float(np.cos(angle - x * np.sin(angle)).mean())
 
 
 def one_kernel(kind: str, size: int, sigma_x, sigma_y, rotation, beta, omega) -> np.ndarray:
@@ -33,7 +38,7 @@ def one_kernel(kind: str, size: int, sigma_x, sigma_y, rotation, beta, omega) ->
                 r = math.hypot(*point)
                 value = omega**2 / (4 * math.pi)
                 if r > 0:
-                    value = omega * scipy.special.j1(omega * r) / (2 * math.pi * r)
+                    value = omega * bessel_j1(omega * r) / (2 * math.pi * r)
             else:
                 q = point @ inverse @ point
                 value = 1 / (1 + q**beta) if "plateau" in kind else math.exp(-0.5 * q**beta)
