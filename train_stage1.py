@@ -58,12 +58,12 @@ class Config:
     pool: int = setting(600, "clips made once, of which the batches are random pieces; 0: every clip new")
     pool_frames: int = setting(12, "frames of a clip in the pool")
     pool_size: int = setting(256, "side of a clip in the pool")
-    steps: int = setting(1300, "optimiser steps; the paper's are 200K")
+    steps: int = setting(1440, "optimiser steps; the paper's are 200K")
     lr: float = setting(
         3e-4, "Adam's learning rate; the paper's is 1e-4 for a network that starts from SD2.1"
     )
     halve_at: tuple[int, ...] = setting(
-        (650, 1000, 1120, 1210, 1270), "steps after which the learning rate halves; the paper's is 100K"
+        (650, 1000, 1120, 1240, 1330, 1400), "steps after which the learning rate halves; the paper's is 100K"
     )
     lambda_pixel: float = setting(0.1, "weight of the pixel loss, Eq. 1")
     seed: int = setting(0, "seed of the initial weights and of the data")
