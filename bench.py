@@ -1,15 +1,17 @@
-"""All benchmarks: `python bench.py quality | long | infer | degrade | data | metrics`. Each prints a table.
+"""All benchmarks: `python bench.py quality`, or long, memory, infer, degrade, data, metrics: each a table.
 
 Times are of this machine at this moment: compare rows of one run, not rows of two machines.
 """
 
 import argparse
+import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import imageio.v3 as imageio
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from runtime import run
+from runtime import UserError, run
 
 ROOT = Path(__file__).parent
 SIZES = ((128, 96), (320, 240), (640, 360))  # LR width and height
@@ -111,6 +113,31 @@ def bench_long(images: str, weights: str, frames: int = 120) -> None:
         print(f"{name[:22]:22} {row[0]:6.2f} / {row[2]:6.2f}   {row[1]:6.2f} / {row[3]:6.2f}", flush=True)
     mean = np.mean(rows, axis=0)
     print(f"{'mean':22} {mean[0]:6.2f} / {mean[2]:6.2f}   {mean[1]:6.2f} / {mean[3]:6.2f}")
+
+
+def bench_memory(lengths: tuple[int, ...] = (400, 2000), width: int = 64, height: int = 48) -> list[int]:
+    """Peak memory in bytes of infer.py as a process, decoding and encoding included, for each clip length."""
+    from data import procedural_clip
+    from video import VideoWriter
+
+    frames = procedural_clip(np.random.default_rng(0), 100, (height, width)).frames
+    peaks = []
+    print(f"clips of {width}x{height}, shipped weights, {machine()}")
+    with TemporaryDirectory() as folder:
+        for length in lengths:
+            clip = Path(folder) / f"{length}.mp4"
+            with VideoWriter(clip, width, height, 25) as out:
+                for i in range(length):
+                    out.write(frames[min(i % 200, 199 - i % 200)])  # to and fro
+            command = [sys.executable, ROOT / "infer.py", clip, "--device", "cpu"]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, usage = os.wait4(child.pid, 0)  # this child's own peak
+            if status:
+                raise UserError(f"infer.py failed on {length} frames; run it by hand")
+            peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+            ratio = f"  {peaks[-1] / peaks[0]:.3f} of the first"
+            print(f"{length:6} frames  {peaks[-1] / 2**20:8.1f} MB{ratio}", flush=True)
+    return peaks
 
 
 def line(name: str, row) -> str:
@@ -236,7 +263,7 @@ def bench_metrics(frames: int = 25, size: int = 512) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("quality", "long", "infer", "degrade", "data", "metrics"))
+    parser.add_argument("what", choices=("quality", "long", "memory", "infer", "degrade", "data", "metrics"))
     parser.add_argument("--videos", default="datasets/videos", help="for quality and data")
     parser.add_argument("--images", default="datasets/images", help="for quality and data")
     parser.add_argument("--weights", default=str(ROOT / "weights" / "tiny"), help="for quality")
@@ -245,6 +272,7 @@ def main() -> None:
     work = {
         "quality": lambda: bench_quality(args.videos, args.images, args.weights, args.picture),
         "long": lambda: bench_long(args.images, args.weights),
+        "memory": bench_memory,
         "infer": bench_infer,
         "degrade": bench_degrade,
         "data": lambda: bench_data(args.videos, args.images),

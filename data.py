@@ -29,7 +29,7 @@ from torch import Tensor
 
 from degrade import SCALE, VARIANTS, degrade, one_thread, unsharp
 from runtime import UserError, run
-from video import IMAGE_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip
+from video import IMAGE_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip, to_network
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
 NOT_HR = {"X2", "X3", "X4", "val1"}  # LSDIR's bicubic LR images and its validation images
@@ -62,7 +62,7 @@ class DataError(UserError):
 
     def __init__(self, message: str):
         # PyTorch raises a worker's error again, the worker's traceback as its message; the last line is ours.
-        super().__init__(message.splitlines()[-1].split("DataError: ")[-1])
+        super().__init__(message.splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
 
 
 def generator(*key: int) -> Generator:
@@ -70,6 +70,11 @@ def generator(*key: int) -> Generator:
     if min(key) < 0:
         raise DataError(f"seed {min(key)}: take one from 0 on")
     return np.random.default_rng(key)
+
+
+def as_tensor(clip: np.ndarray) -> Tensor:
+    """(t h w 3) -> (t 3 h w)"""
+    return torch.from_numpy(rearrange(clip, "t h w c -> t c h w").copy())
 
 
 def list_files(source: Place, suffixes: set[str]) -> list[Path]:
@@ -176,6 +181,7 @@ def moving_crop(photo: np.ndarray, frames: int, size: int, rng: Generator) -> np
 
 # --- what training takes ------------------------------------------------------------------------------------
 # Purposes with a generator of their own; from 1 on, since a 0 at the end of a NumPy seed is not seen.
+POOLED = ("lr", "hr", "video", "image", "random_images")  # what a pool keeps of a sample
 KIND, PAIR, DEGRADE, VIDEO, ORDER, IMAGE, IMAGES, PIECE = range(1, 9)
 
 
@@ -206,22 +212,27 @@ class TrainingClips(torch.utils.data.Dataset):
 
     @one_thread()  # a worker a core, each with one thread, is the fastest way through many small steps
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        return self.pair(index) | (self.real(index) if self.real_types else {})
+
+    def pair(self, index: int) -> dict[str, Tensor | int]:
+        """lr, hr and `skipped`."""
         kind, photo = generator(self.seed, index, KIND).random(2)
         from_photo = self.images and (photo < IMAGE_SHARE or not self.videos)
         files = [] if kind < self.procedural else self.images if from_photo else self.videos
         hr, skipped = self.draw(files, self.frames, index, PAIR)
         hr = unsharp(hr) if self.sharpen else hr
-        clips = {"hr": hr, "lr": degrade(hr, generator(self.seed, index, DEGRADE), self.degradation)}
-        sample = {"skipped": skipped}
-        if self.real_types:  # drawn independently of the pair
-            clips["video"] = self.draw(self.videos, self.frames, index, VIDEO)[0]
-            clips["image"] = self.draw(self.images, 1, index, IMAGE)[0]
-            unrelated = [self.draw(self.images, 1, index, IMAGES, k)[0] for k in range(self.frames)]
-            clips["random_images"] = np.concatenate(unrelated)
-            sample["order"] = permutation(self.frames, generator(self.seed, index, ORDER))
-        for name, clip in clips.items():
-            sample[name] = torch.from_numpy(rearrange(clip, "t h w c -> t c h w").copy())
-        return sample
+        lr = degrade(hr, generator(self.seed, index, DEGRADE), self.degradation)
+        return {"lr": as_tensor(lr), "hr": as_tensor(hr), "skipped": skipped}
+
+    def real(self, index: int) -> dict[str, Tensor | np.ndarray]:
+        """What `real_clips` takes, drawn independently of the pair."""
+        unrelated = [self.draw(self.images, 1, index, IMAGES, k)[0] for k in range(self.frames)]
+        return {
+            "video": as_tensor(self.draw(self.videos, self.frames, index, VIDEO)[0]),
+            "image": as_tensor(self.draw(self.images, 1, index, IMAGE)[0]),
+            "random_images": as_tensor(np.concatenate(unrelated)),
+            "order": permutation(self.frames, generator(self.seed, index, ORDER)),
+        }
 
     def draw(self, files: list[Path], frames: int, *key: int) -> tuple[np.ndarray, int]:
         """A clip (t size size 3) of the first usable file, or of the world; how many were passed over."""
@@ -247,22 +258,38 @@ class TrainingClips(torch.utils.data.Dataset):
 
 class ClipPool(torch.utils.data.Dataset):
     """Random pieces, lr (t 3 size/4 size/4) and hr (t 3 size size), of `count` samples made once, for
-    a machine too slow to make every sample anew (AdcSR and Real-ESRGAN draw pairs from a pool, too). Like any
-    sample, a piece is a pure function of seed and index."""
+    a machine too slow to make every sample anew (AdcSR and Real-ESRGAN draw pairs from a pool, too); with
+    `clips.real_types` what `real_clips` takes, too. A piece, too, is a pure function of seed and index.
+    """
 
     def __init__(self, clips: TrainingClips, count: int, frames: int, size: int, workers: int):
-        self.seed, self.extent = clips.seed, (frames, size // SCALE)
+        self.seed, self.frames, self.size, self.real_types = clips.seed, frames, size, clips.real_types
+        if frames > clips.frames or size > clips.size:
+            pool = f"the pool's {clips.frames} frames of {clips.size}"
+            raise DataError(f"{frames} frames of {size} do not fit {pool}: see --pool-frames, --pool-size")
         made = torch.utils.data.DataLoader(clips, batch_size=None, sampler=range(count), num_workers=workers)
-        self.clips = [{k: clip[k].clone() for k in ("lr", "hr")} for clip in made]  # not in shared memory
+        # Cloned: what workers make is in shared memory, which is scarce.
+        self.clips = [{k: v.clone() for k, v in clip.items() if k in POOLED} for clip in made]
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         rng = generator(self.seed, index, PIECE)
         clip = self.clips[rng.integers(len(self.clips))]
-        t, side = self.extent
-        frames, _, h, w = clip["lr"].shape
-        i, y, x = (rng.integers(whole - part + 1) for whole, part in ((frames, t), (h, side), (w, side)))
-        hr = clip["hr"][i : i + t, :, SCALE * y : SCALE * (y + side), SCALE * x : SCALE * (x + side)]
-        return {"lr": clip["lr"][i : i + t, :, y : y + side, x : x + side], "hr": hr, "skipped": 0}
+        sample = self.piece(clip, ("hr", "lr"), rng) | {"skipped": 0}
+        if self.real_types:
+            for name in ("video", "image", "random_images"):  # each from a sample of its own
+                sample |= self.piece(self.clips[rng.integers(len(self.clips))], (name,), rng)
+            sample["order"] = permutation(self.frames, rng)
+        return sample
+
+    def piece(self, clip: dict[str, Tensor], names: tuple[str, ...], rng: Generator) -> dict[str, Tensor]:
+        """The same piece of the named clips; only `lr` is SCALE times smaller."""
+        frames, _, h, w = clip[names[0]].shape
+        t, side = min(self.frames, frames), self.size // SCALE
+        room = (frames - t, h // SCALE - side, w // SCALE - side)
+        i, y, x = (rng.integers(space + 1) for space in room)
+        n = {name: 1 if name == "lr" else SCALE for name in names}
+        down, across = ({k: slice(m * start, m * (start + side)) for k, m in n.items()} for start in (y, x))
+        return {k: clip[k][i : i + t, :, down[k], across[k]] for k in names}
 
 
 def permutation(frames: int, rng: Generator) -> np.ndarray:
@@ -274,11 +301,15 @@ def permutation(frames: int, rng: Generator) -> np.ndarray:
 
 
 def real_clips(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The four real clip types of Eq. 5 in a batch, (b t 3 h w) uint8, keyed as `discriminators.LABELS`."""
-    video, unrelated = batch["video"], batch["random_images"]
-    shuffled = torch.take_along_dim(video, rearrange(batch["order"], "b t -> b t 1 1 1"), dim=1)
-    image = repeat(batch["image"], "b 1 c h w -> b t c h w", t=video.shape[1])
-    return {"video": video, "shuffled_video": shuffled, "image": image, "random_images": unrelated}
+    """The four real clip types of Eq. 5, (b t ...), keyed as `discriminators.LABELS`.
+
+    batch: video, random_images (b t ...), image (b 1 ...), all frames or all maps made frame by frame, and
+    order (b t). A map of the shuffled clip is the shuffled map, so that maps are made once.
+    """
+    video, image, unrelated = (batch[k] for k in ("video", "image", "random_images"))
+    shuffled = torch.stack([clip[order] for clip, order in zip(video, batch["order"], strict=True)])
+    still = repeat(image, "b 1 ... -> b t ...", t=video.shape[1])
+    return {"video": video, "shuffled_video": shuffled, "image": still, "random_images": unrelated}
 
 
 def indices(step: int, rank: int, world: int, batch: int) -> range:
@@ -288,12 +319,28 @@ def indices(step: int, rank: int, world: int, batch: int) -> range:
     return range(step * batch + rank, (step + 1) * batch, world)
 
 
-def loader(clips: TrainingClips, first: int, last: int, rank: int, world: int, batch: int, workers: int):
-    """DataLoader of this rank's batches for steps first, ..., last - 1, the same wherever the run began."""
+def loader(clips, first: int, last: int, rank: int, world: int, batch: int, workers: int, overfit: int = 0):
+    """DataLoader of this rank's batches for steps first, ..., last - 1, the same wherever the run began.
+
+    overfit: how many different clips there are, again and again; 0: all of them."""
     steps = [indices(step, rank, world, batch) for step in range(first, last)]
+    if overfit:
+        steps = [[index % overfit for index in step] for step in steps]
     pinned = torch.cuda.is_available()
     gc.collect()  # a forked worker that freed its parent's decoders would wait for threads it has not
     return torch.utils.data.DataLoader(clips, batch_sampler=steps, num_workers=workers, pin_memory=pinned)
+
+
+def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """A batch cut into parts of `size` clips; `skipped` is left out."""
+    parts = {name: clips.split(size) for name, clips in batch.items() if name != "skipped"}
+    return [dict(zip(parts, clips)) for clips in zip(*parts.values())]
+
+
+def on_device(clips: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """All on the device, and frames (uint8) in the networks' range [-1, 1]."""
+    moved = {name: x.to(device, non_blocking=True) for name, x in clips.items()}
+    return {name: to_network(x) if x.dtype == torch.uint8 else x for name, x in moved.items()}
 
 
 def validation_clips(videos: Place, images: Place, frames: int = 25, size: int = 256) -> Iterator[tuple]:
@@ -308,6 +355,15 @@ def validation_clips(videos: Place, images: Place, frames: int = 25, size: int =
             else:
                 hr = moving_crop(read_clip(path)[0], frames, size, rng)
             yield path.stem, hr, degrade(hr, generator(0, number, DEGRADE))
+
+
+def fixed_clips(videos: Place, images: Place, frames: int, size: int, count: int) -> list[tuple]:
+    """`count` of the validation clips, or procedural ones where a data set has none of the held-out files."""
+    clips = list(validation_clips(videos, images, frames, size))
+    for seed in range(0 if clips else count):
+        hr = procedural_clip(generator(seed), frames, (size, size)).frames
+        clips.append((f"procedural_{seed}", hr, degrade(hr, generator(seed, DEGRADE))))
+    return clips[:: max(1, len(clips) // count)][:count]
 
 
 # --- the dead-leaves world ----------------------------------------------------------------------------------

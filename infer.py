@@ -10,14 +10,15 @@ Finished segments survive any interruption: the same command goes on where it st
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from model import SCALE, AdcVSR
+from model import SCALE, AdcVSR, WeightsError
 from runtime import UserError, run
 from video import VIDEO_FORMATS, Frame, Output, VideoReader, VideoWriter, concatenate, to_network, to_uint8
 
@@ -41,11 +42,18 @@ CONTEXT = 4  # Choice: frames that a window of --window shares with either neigh
 SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
+PROFILE_FRAMES = 2000  # Choice: rows of --profile at most, so that its memory is bounded too
 CLIPS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
+CHANGES_RESULT = "chunk window color dtype device crf protocol downscale start duration compare".split()
 
 
 # ------------------------------------------------------------------------------------------------------
 # Colour: detail from the network, colour from the input. sr (t 3 4h 4w), lr (t 3 h w), both in [-1, 1]
+
+
+def enlarged(lr: Tensor) -> Tensor:
+    """Bicubic x4: (t 3 h w) -> (t 3 4h 4w)."""
+    return F.interpolate(lr, scale_factor=float(SCALE), mode="bicubic")
 
 
 def adain(sr: Tensor, lr: Tensor) -> Tensor:
@@ -57,7 +65,7 @@ def adain(sr: Tensor, lr: Tensor) -> Tensor:
 
 def wavelet(sr: Tensor, lr: Tensor, levels: int = 5) -> Tensor:
     """Replaces the low frequencies of each frame, what `levels` widening 3x3 blurs leave, by the input's."""
-    low = F.interpolate(lr, scale_factor=float(SCALE), mode="bicubic") - sr
+    low = enlarged(lr) - sr
     taps = torch.tensor([0.25, 0.5, 0.25], device=sr.device)
     kernel = (taps[:, None] * taps).expand(3, 1, 3, 3)
     for level in range(levels):  # a blur of the difference is the difference of the blurs
@@ -100,7 +108,7 @@ def as_frames(x: Tensor) -> np.ndarray:
 def wanted_frames(reader: VideoReader, args: argparse.Namespace) -> Iterator[Frame]:
     """The clip's frames that the flags ask for."""
     for number, frame in enumerate(reader):
-        if args.duration is not None and frame.time >= Fraction(args.start) + Fraction(args.duration):
+        if args.duration is not None and frame.time >= args.start + args.duration:
             return
         if args.protocol:
             if number == PROTOCOL_FRAMES:
@@ -141,15 +149,16 @@ def upscale(
         sources = [waiting.popleft() for _ in range(sr.shape[1])]
         sr = COLORS[color](sr[0].float(), as_network([f.rgb for f in sources], device))
         if not torch.isfinite(sr).all():
-            at = float(sources[0].time)
-            raise UserError(f"the network's output at {at:.2f} s is not finite. Try --dtype float32.")
+            at, dtype = float(sources[0].time), str(net.unet.conv_in.weight.dtype)[6:]
+            way_out = "Use other weights." if dtype == "float32" else "Use --dtype float32 --fresh."
+            raise UserError(f"the network's output at {at:.2f} s is not finite in {dtype}. {way_out}")
         yield from zip(sources, as_frames(sr))
+    assert not waiting, "as many frames come out as go in"
 
 
 def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
     """Bicubic x4 of the input on the left, the result on the right: (4h 8w 3) uint8."""
-    bicubic = F.interpolate(as_network([frame.rgb]), scale_factor=float(SCALE), mode="bicubic")
-    return np.concatenate([as_frames(bicubic)[0], sr], axis=1)
+    return np.concatenate([as_frames(enlarged(as_network([frame.rgb])))[0], sr], axis=1)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -186,15 +195,19 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
 # One clip: plan, segments, final file
 
 
+def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
+    """clip.mp4, "_x4" -> clip_x4.mp4 beside it, with another suffix if one is given."""
+    return path.with_name(path.stem + ending + (path.suffix if suffix is None else suffix))
+
+
 def default_output(reader: VideoReader) -> Path:
     """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
     path = reader.path.resolve()
     if reader.kind == "folder":
-        return path.parent / f"{path.name}_x4"
-    suffix = ".png" if reader.kind == "image" else path.suffix.lower()
-    if reader.kind == "video":
-        suffix = ".mkv" if suffix == ".webm" else suffix if suffix in VIDEO_FORMATS else ".mp4"
-    return reader.path.with_name(f"{path.stem}_x4{suffix}")
+        return path.with_name(f"{path.name}_x4")
+    kept = path.suffix.lower() if path.suffix.lower() in VIDEO_FORMATS else ".mp4"
+    suffix = {"image": ".png", "video": ".mkv" if path.suffix.lower() == ".webm" else kept}[reader.kind]
+    return suffixed(reader.path, "_x4", suffix)
 
 
 def fingerprint(path: Path) -> list:
@@ -203,170 +216,172 @@ def fingerprint(path: Path) -> list:
     return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
 
 
-def open_parts(parts: Path, reader: VideoReader, args: argparse.Namespace) -> None:
-    """The folder of finished segments, new or to be gone on with. `UserError` if it was made otherwise."""
-    weights = [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]
-    result = "chunk window color dtype device crf protocol downscale start duration compare".split()
-    plan = {"input": fingerprint(reader.path), "weights": weights} | {
-        k: str(getattr(args, k)) for k in result
-    }
-    file = parts / "plan.json"
-    if args.fresh:
-        shutil.rmtree(parts, ignore_errors=True)
-    if parts.is_dir() and file.is_file():
-        made = json.loads(file.read_text())
-        if changed := [k for k in plan if made.get(k) != plan[k]]:
-            way_out = "Use --fresh to start again, or another -o."
-            raise UserError(f"{parts} was made with another {', '.join(changed)}. {way_out}")
-        return
-    try:
-        parts.mkdir(exist_ok=True)
-        (parts / "plan.partial").write_text(json.dumps(plan))
-        os.replace(parts / "plan.partial", file)
-    except OSError as error:
-        raise UserError(f"{parts}: cannot be written ({error.strerror}). Choose another -o.") from error
+class Job:
+    """One clip: what becomes of it, where, and its segments, which live in `<output>.parts/`.
 
+    size, total, done  (w, h) of the network's input; frames to come, None if unknown; finished segments
+    targets            what is to be made, with its width: the result, and with --compare a second clip
+    """
 
-def process(path: Path, folder: Path | None, net: AdcVSR | None, args: argparse.Namespace) -> AdcVSR:
-    """Upscales one clip, into `folder` if there is one. Returns the network, loaded with the first clip."""
-    with VideoReader(path, start=args.start) as reader:
-        output = args.output or default_output(reader)
-        output = folder / default_output(reader).name if folder else output
-        if output.resolve() == path.resolve():
-            raise UserError(f"{path}: the output would replace the input. Choose another -o.")
+    def __init__(self, reader: VideoReader, folder: Path | None, args: argparse.Namespace):
+        self.reader, self.args = reader, args
+        default = default_output(reader)
+        self.output = folder / default.name if folder else args.output or default
+        if self.output.resolve() == reader.path.resolve():
+            raise UserError(f"{reader.path}: the output would replace the input. Choose another -o.")
         side = PROTOCOL_SIDE * args.downscale if args.protocol else sys.maxsize
-        w, h = (min(n, side) // args.downscale for n in (reader.width, reader.height))
-        compared = output.with_name(f"{output.stem}_compare{output.suffix}")
-        targets = {output: SCALE * w} | ({compared: 2 * SCALE * w} if args.compare else {})
-        total = expected_frames(reader, args)
-        # Refuse what cannot be written before anything is computed.
-        for target in targets:
+        self.size = w, _ = [min(n, side) // args.downscale for n in (reader.width, reader.height)]
+        self.targets = {self.output: SCALE * w}
+        if args.compare:
+            self.targets[suffixed(self.output, "_compare")] = 2 * SCALE * w
+        for target in self.targets:  # refuse what cannot be written before anything is computed
             Output(target).remove_partial()
+        self.total = self.expected_frames()
+        if self.output.suffix == ".png" and (self.total or 1) > 1:
+            raise UserError(f"{self.output}: a .png holds one frame. Give a video, or a folder for PNGs.")
+        self.parts, self.done = self.output.with_name(f"{self.output.name}.parts"), 0
+        while not args.fresh and all(self.segment(target, self.done).exists() for target in self.targets):
+            self.done += 1  # a segment has its name only once it is whole
 
-        parts = output.with_name(f"{output.name}.parts")
-        done = 0 if args.fresh else finished_segments(parts, targets)
-        net = net or load_network(args)
-        if args.weights == str(SHIPPED) and not args.adcsr:
-            print(DEMO_NOTICE, file=sys.stderr)
-        print_plan(path, reader, output, net, (w, h), total, done, args)
-        if args.dry_run:
-            return net
-        open_parts(parts, reader, args)
-        starts = write_segments(reader, net, parts, targets, SCALE * h, total, done, args)
-        notes = reader.notes
-        for target in targets:
-            segments = [segment(parts, target, k) for k in range(len(starts))]
+    def expected_frames(self) -> int | None:
+        limits = [PROTOCOL_FRAMES] if self.args.protocol else []
+        if self.args.duration is not None:
+            limits.append(math.ceil(self.args.duration * self.reader.rate))
+        if self.reader.frames is not None:
+            limits.append(max(1, self.reader.frames - int(self.args.start * self.reader.rate)))
+        return min(limits, default=None)
+
+    def segment(self, target: Path, k: int) -> Path:
+        """Segment k of a target: an .mp4, whose clock is exact, a folder of PNGs, or the one PNG."""
+        suffix = ".mp4" if target.suffix in VIDEO_FORMATS else target.suffix
+        return self.parts / f"{k:06d}{'' if target == self.output else '_compare'}{suffix}"
+
+    def print_plan(self, net: AdcVSR) -> None:
+        """What is to be done: frames, segments, memory, disk. `UserError` where the disk is too full."""
+        (w, h), reader, output, args = self.size, self.reader, self.output, self.args
+        frames, weight = self.total or 0, next(net.parameters())
+        rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
+        queues, lag = (0, args.window - 1) if args.window else (net.queue_bytes(h, w) / 2**30, net.lag)
+        pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
+        disk = pixels * BYTES["video" if output.suffix in VIDEO_FORMATS else "png"] / 2**30
+        print(
+            f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
+            f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, {self.done} done; "
+            f"chunks of {args.chunk} on {weight.device} in {str(weight.dtype)[6:]}; "
+            f"first result after {lag + 1} frames\n"
+            f"memory: {queues:.2f} GB in queues between chunks, about twice that during a step; "
+            f"disk: {disk:.2f} GB, twice that while segments are joined"
+        )
+        free = shutil.disk_usage(output.resolve().parent).free / 2**30
+        if 2 * disk > free:
+            needed = f"needs about {2 * disk:.1f} GB, {free:.1f} GB are free"
+            raise UserError(f"{output}: {needed}. Choose another -o.")
+
+    def open_parts(self) -> None:
+        """The folder of finished segments, new or as it was left. `UserError` if it was made otherwise."""
+        weights = [fingerprint(Path(p)) for p in self.args.adcsr or [self.args.weights]]
+        plan = {"input": fingerprint(self.reader.path), "weights": weights}
+        plan |= {k: str(getattr(self.args, k)) for k in CHANGES_RESULT}
+        file = self.parts / "plan.json"
+        if self.args.fresh:
+            shutil.rmtree(self.parts, ignore_errors=True)
+        if file.is_file():
+            made = json.loads(file.read_text())
+            if changed := [k for k in plan if made.get(k) != plan[k]]:
+                way_out = "Use --fresh to start again, or another -o."
+                raise UserError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+            return
+        try:
+            self.parts.mkdir(exist_ok=True)
+            (self.parts / "plan.partial").write_text(json.dumps(plan))
+            os.replace(self.parts / "plan.partial", file)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise UserError(f"{self.parts}: {reason}. Choose another -o.") from error
+
+    def write_segments(self, net: AdcVSR) -> list[Fraction]:
+        """Writes the segments that are not done; returns the time of every segment's first frame.
+
+        After an interruption the stream starts again early enough that its beginning has no influence, on the
+        same grid of chunks, so that every number is computed as it would have been.
+        """
+        args, starts = self.args, []
+
+        def noting_starts() -> Iterator[Frame]:
+            for number, frame in enumerate(wanted_frames(self.reader, args)):
+                if number % SEGMENT == 0:
+                    starts.append(frame.time)
+                yield frame
+
+        keep = self.done * SEGMENT
+        reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
+        early = max(0, (keep - reach) // grid * grid)
+        frames = islice(noting_starts(), early, None)  # decoding is far faster than the network
+        color = args.color or ("none" if net.pixel_skip else "adain")
+        results = islice(upscale(net, frames, grid, args.window, color), keep - early, None)
+        with tqdm(total=self.total, initial=keep, unit="frame", disable=None, dynamic_ncols=True) as bar:
+            for k in count(self.done):
+                if (first := next(results, None)) is None:
+                    return starts
+                self.write_segment(k, chain([first], islice(results, SEGMENT - 1)), bar)
+
+    def write_segment(self, k: int, results: Iterator[tuple[Frame, np.ndarray]], bar: tqdm) -> None:
+        height, settings = SCALE * self.size[1], (self.reader.rate, self.reader, self.args.crf)
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(VideoWriter(self.segment(target, k), width, height, *settings))
+                for target, width in self.targets.items()
+            ]
+            for frame, sr in results:
+                writers[0].write(sr, frame.time)
+                for writer in writers[1:]:
+                    writer.write(side_by_side(frame, sr), frame.time)
+                bar.update()
+
+    def run(self, net: AdcVSR) -> None:
+        """All segments, then the final files under their names."""
+        self.open_parts()
+        known = list(self.reader.notes)
+        starts = self.write_segments(net)
+        if not starts:
+            shutil.rmtree(self.parts)
+            raise UserError(
+                f"{self.reader.path}: no frame from --start {float(self.args.start):g} on. Give less."
+            )
+        notes = self.reader.notes
+        for target in self.targets:
+            segments = [self.segment(target, k) for k in range(len(starts))]
             if target.suffix == ".png":
                 os.replace(segments[0], target)
             else:
-                notes = notes + concatenate(segments, starts, target, reader, to_end=args.duration is None)
-        shutil.rmtree(parts)
-        if args.profile:
-            write_profile(reader, args, output)
-        for note in dict.fromkeys(notes):
-            print(f"note: {note}", file=sys.stderr)
-        return net
+                to_end = self.args.duration is None
+                notes = notes + concatenate(segments, starts, target, self.reader, to_end)
+        shutil.rmtree(self.parts)
+        if self.args.profile:
+            self.write_profile()
+        print_notes(note for note in dict.fromkeys(notes) if note not in known)
+
+    def write_profile(self) -> None:
+        """<output>_profile.png: the middle row of pixels over time, bicubic above ours. Paper: Fig. 3."""
+        rows = {"bicubic": [], "ours": []}
+        with VideoReader(self.output) as result:
+            for frame, sr in islice(zip(wanted_frames(self.reader, self.args), result), PROFILE_FRAMES):
+                middle = len(frame.rgb) // 2
+                band = as_network(
+                    [frame.rgb[max(0, middle - 3) : middle + 3]]
+                )  # bicubic looks two pixels away
+                bicubic = as_frames(enlarged(band))[0]
+                rows["bicubic"].append(bicubic[len(bicubic) // 2])
+                rows["ours"].append(sr.rgb[SCALE * middle])
+        picture = np.concatenate([np.stack(r) for r in rows.values()])
+        path = suffixed(self.output, "_profile", ".png")
+        with VideoWriter(path, *picture.shape[1::-1], self.reader.rate) as out:
+            out.write(picture)
 
 
-def expected_frames(reader: VideoReader, args: argparse.Namespace) -> int | None:
-    """How many frames there will be, for the plan and the progress bar; None if unknown."""
-    limits = [PROTOCOL_FRAMES] if args.protocol else []
-    if args.duration is not None:
-        limits.append(-(-Fraction(args.duration) * reader.rate // 1))
-    if reader.frames is not None:
-        limits.append(max(1, reader.frames - int(Fraction(args.start) * reader.rate)))
-    return int(min(limits)) if limits else None
-
-
-def segment(parts: Path, target: Path, k: int) -> Path:
-    """Where segment k of a target lies: an .mp4, whose clock is exact, a folder of PNGs, or the one PNG."""
-    suffix = ".mp4" if target.suffix in VIDEO_FORMATS else target.suffix
-    return parts / f"{k:06d}{'_compare' * target.stem.endswith('_compare')}{suffix}"
-
-
-def finished_segments(parts: Path, targets: dict[Path, int]) -> int:
-    """Segments, from the first on, that every target has. A segment has its name only once it is whole."""
-    done = 0
-    while all(segment(parts, target, done).exists() for target in targets):
-        done += 1
-    return done
-
-
-def write_segments(reader, net, parts, targets, height, total, done, args) -> list[Fraction]:
-    """Writes segments number `done`, `done` + 1, ...; returns the time of every segment's first frame.
-
-    To go on after `done` segments the stream starts again early enough that its beginning has no influence,
-    on the same grid of chunks, so that every number is computed as it would have been.
-    """
-    starts: list[Fraction] = []
-
-    def noting_starts() -> Iterator[Frame]:
-        for number, frame in enumerate(wanted_frames(reader, args)):
-            if number % SEGMENT == 0:
-                starts.append(frame.time)
-            yield frame
-
-    keep = done * SEGMENT
-    reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
-    early = max(0, (keep - reach) // grid * grid)
-    frames = islice(noting_starts(), early, None)  # decoding is far faster than the network
-    color = args.color or ("none" if net.pixel_skip else "adain")
-    results = islice(upscale(net, frames, grid, args.window, color), keep - early, None)
-    with tqdm(total=total, initial=keep, unit="frame", disable=None, dynamic_ncols=True) as bar:
-        count, first = keep, next(results, None)
-        while first is not None:
-            with ExitStack() as stack:
-                writers = []
-                for target, width in targets.items():
-                    file = segment(parts, target, count // SEGMENT)
-                    writer = VideoWriter(file, width, height, reader.rate, reader, args.crf, sound=False)
-                    writers.append(stack.enter_context(writer))
-                for frame, sr in islice(chain([first], results), SEGMENT):
-                    writers[0].write(sr, frame.time)
-                    for writer in writers[1:]:
-                        writer.write(side_by_side(frame, sr), frame.time)
-                    bar.update()
-                    count += 1
-            first = next(results, None)
-    if len(starts) != -(-count // SEGMENT):
-        raise UserError(f"{reader.path}: {count} frames came out, more went in. Please report this.")
-    return starts
-
-
-def print_plan(path, reader, output, net, size, total, done, args) -> None:
-    """What is to be done, in two lines."""
-    (w, h), weight = size, next(net.parameters())
-    pixels = SCALE**2 * w * h * (total or 0) * (3 if args.compare else 1)
-    disk = pixels * BYTES["video" if output.suffix in VIDEO_FORMATS else "png"] / 2**30
-    rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
-    print(f"{path} {w}x{h}{rate} {total or '?'} frames -> {output} {SCALE * w}x{SCALE * h}")
-    print(
-        f"plan: {-(-total // SEGMENT) if total else '?'} segments of {SEGMENT} frames, {done} done; "
-        f"chunks of {args.chunk} on {weight.device} in {str(weight.dtype)[6:]}; first result after "
-        f"{net.lag + 1} frames; queues {net.queue_bytes(h, w) / 2**30:.2f} GB; about {disk:.2f} GB on disk"
-    )
-    free = shutil.disk_usage(output.resolve().parent).free / 2**30
-    if 2 * disk > free:
-        raise UserError(
-            f"{output}: needs about {2 * disk:.1f} GB, {free:.1f} GB are free. Choose another -o."
-        )
-
-
-def write_profile(reader: VideoReader, args: argparse.Namespace, output: Path) -> None:
-    """<output>_profile.png: the middle row of pixels over time, bicubic above ours. Paper: Fig. 3."""
-    rows = {"bicubic": [], "ours": []}
-    with VideoReader(output) as result:
-        for frame, sr in zip(wanted_frames(reader, args), result):
-            middle = len(frame.rgb) // 2
-            band = as_network([frame.rgb[max(0, middle - 3) : middle + 3]])  # bicubic looks two pixels away
-            bicubic = as_frames(F.interpolate(band, scale_factor=float(SCALE), mode="bicubic"))[0]
-            rows["bicubic"].append(bicubic[len(bicubic) // 2])
-            rows["ours"].append(sr.rgb[SCALE * middle])
-    picture = np.concatenate([np.stack(r) for r in rows.values()])
-    with VideoWriter(
-        output.with_name(f"{output.stem}_profile.png"), *picture.shape[1::-1], reader.rate
-    ) as out:
-        out.write(picture)
+def print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -386,8 +401,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--crf", type=int, default=16, help="H.264 quality, 0 best, 51 worst (16)")
-    add("--start", type=float, default=0.0, help="seconds to skip")
-    add("--duration", type=float, help="seconds to upscale")
+    add("--start", type=Fraction, default=Fraction(0), help="seconds to skip")
+    add("--duration", type=Fraction, help="seconds to upscale")
     add("--compare", action="store_true", help="also <output>_compare: bicubic left, result right")
     add("--profile", action="store_true", help="also <output>_profile.png: one row over time")
     add("--dry-run", action="store_true", help="print the plan and stop")
@@ -411,9 +426,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def clips_in(path: Path) -> list[Path]:
-    """The clips that an input names: itself, or, for a folder that holds videos, those."""
+    """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
     clips = sorted(p for p in path.iterdir() if p.suffix.lower() in CLIPS) if path.is_dir() else []
-    return clips or [path]
+    results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
+    return [p for p in clips if p.stem.removesuffix(".partial") not in results] or [path]
+
+
+def upscale_clip(clip: Path, folder: Path | None, net: AdcVSR | None, args, made: set[Path]) -> AdcVSR:
+    """One clip, into `folder` if there is one. Returns the network, loaded once the first clip is open."""
+    with VideoReader(clip, start=args.start) as reader:
+        job = Job(reader, folder, args)
+        if job.output in made:
+            raise UserError(f"{clip}: {job.output} is another input's result. Give each its own -o.")
+        made.add(job.output)
+        if net is None:
+            net = load_network(args)
+            if args.weights == str(SHIPPED) and not args.adcsr:
+                print(DEMO_NOTICE, file=sys.stderr)
+        job.print_plan(net)
+        print_notes(reader.notes)
+        if not args.dry_run:
+            job.run(net)
+        return net
 
 
 def main() -> None:
@@ -425,20 +459,18 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: not a folder ({error.strerror}); several inputs need one.") from error
-    net, failed = None, 0
+    net, failed, made = None, 0, set()
     for clip in clips:
         try:
-            net = process(clip, folder, net, args)
+            net = upscale_clip(clip, folder, net, args, made)
         except torch.OutOfMemoryError as error:
             way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
             raise UserError(f"{clip}: out of GPU memory with a single frame. {way_out}") from error
         except KeyboardInterrupt:
-            print(
-                "interrupted; the same command goes on with the segments that are finished", file=sys.stderr
-            )
+            print("interrupted; the same command goes on after the finished segments", file=sys.stderr)
             raise
         except UserError as error:
-            if len(clips) == 1:
+            if len(clips) == 1 or isinstance(error, WeightsError):
                 raise
             failed += 1  # the other clips are not to blame
             print(f"error: {error}", file=sys.stderr)

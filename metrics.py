@@ -24,14 +24,16 @@ from importlib import import_module
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import pack, rearrange, unpack
+from einops import pack, rearrange, repeat, unpack
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from runtime import UserError, run
-from video import VideoError, VideoReader
+from video import VideoError, VideoReader, to_network, to_uint8
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
 
@@ -240,6 +242,9 @@ def warping_errors(
 VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions and channels of each stage
 
 
+DISTS_FRAMES = 4  # frames whose VGG activations a backward pass holds at once
+
+
 class DISTS(nn.Module):
     """Deep image structure and texture similarity (Ding et al., 2020): frozen, differentiable in its images.
 
@@ -265,6 +270,11 @@ class DISTS(nn.Module):
         self.register_buffer("alpha", torch.ones(sum(self.widths)))
         self.register_buffer("beta", torch.ones(sum(self.widths)))
         self.eval().requires_grad_(False)
+
+    @classmethod
+    def seeded(cls) -> "DISTS":
+        """A narrow VGG of noise: what a run without downloads takes to go the whole way."""
+        return cls(stages=((1, 16), (1, 32), (1, 64)))
 
     @classmethod
     def from_pretrained(cls) -> "DISTS":
@@ -400,6 +410,47 @@ def profile_picture(profiles: dict[str, Tensor]) -> np.ndarray:
         height = len(rows) * max(1, 120 // len(rows))  # 25 rows alone are too thin a strip to see
         panels += [label, cv2.resize(rows, (width, height), interpolation=cv2.INTER_NEAREST)]
     return np.concatenate(panels)
+
+
+@torch.no_grad()
+def validate(student, teacher, clips: Iterable, pictures: Path, step: int) -> dict[str, float]:
+    """Mean PSNR in dB over fixed clips, and a picture of each: LR bicubic | student | teacher | HR, the
+    middle frame above its middle row over time (flicker draws ragged streaks).
+
+    student, teacher: lr (b t 3 h w) -> (b t 3 4h 4w), both in [-1, 1]; teacher may be None;
+    clips: (name, hr (t 4h 4w 3), lr (t h w 3)), uint8; pictures: the folder for `name_step.png`.
+    """
+    device, scores = next(student.parameters()).device, {"psnr": [], "psnr_bicubic": []}
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, hr, lr in clips:
+        lr = to_network(rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").to(device))
+        with torch.autocast(device.type, torch.bfloat16):
+            sides = [F.interpolate(lr[0], scale_factor=float(SCALE), mode="bicubic"), student(lr)[0]]
+            sides += [teacher(lr)[0]] if teacher else []
+        bicubic, sr, *others = (to_uint8(side.float()).cpu() for side in sides)
+        hr = rearrange(torch.from_numpy(hr), "t h w c -> t c h w")
+        scores["psnr"].append(psnr(sr, hr).mean().item())
+        scores["psnr_bicubic"].append(psnr(bicubic, hr).mean().item())
+        columns = [
+            torch.cat([side[len(side) // 2], repeat(row_over_time(side), "c t w -> c (t n) w", n=3)], dim=-2)
+            for side in (bicubic, sr, *others, hr)
+        ]
+        picture = rearrange(torch.cat(columns, dim=-1), "c h w -> h w c")
+        imageio.imwrite(pictures / f"{name}_{step:06d}.png", picture.numpy())
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def dists_loss(dists: "DISTS", pred: Tensor, target: Tensor) -> Tensor:
+    """Mean DISTS of frames (b t 3 h w) in [-1, 1], as a loss. Paper: Eq. 2.
+
+    Choice: on frames clamped to [0, 1], each on its own, as DOVE's training computes it. A few frames at a
+    time, whose activations the backward pass makes anew: those of 25 frames of 512x512 would fill a card.
+    """
+    pred, target = (
+        rearrange(x, "b t c h w -> (b t) c h w").add(1).div(2).clamp(0, 1) for x in (pred, target)
+    )
+    groups = zip(pred.split(DISTS_FRAMES), target.split(DISTS_FRAMES))
+    return torch.cat([checkpoint(dists, a, b, use_reentrant=False) for a, b in groups]).mean()
 
 
 # ---- Clips in pairs, frames in step -----------------------------------------------------------------------

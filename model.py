@@ -41,6 +41,7 @@ PRESETS = {
         decoder_attention=True,
         norm_groups=32,
         temporal="layer",
+        temporal_kind="conv",
         pixel_skip=False,
     ),
     # The same topology for two CPU cores. No attention on fine grids: it grows with the square of the frame.
@@ -52,6 +53,7 @@ PRESETS = {
         decoder_attention=False,
         norm_groups=8,
         temporal="layer",
+        temporal_kind="conv",
         pixel_skip=True,  # Choice: tiny starts from nothing, and without the skip stays far below bicubic.
     ),
 }
@@ -91,6 +93,7 @@ class Memory:
         self.batch, self.past, self.closing = batch, past or {}, closing
         self.held: dict = {}  # becomes the next chunk's past
         self.convs = 0  # temporal convolutions met so far in this chunk
+        self.whole_clip = not self.past and closing == range(sys.maxsize)
 
     def with_neighbours(self, conv: nn.Module, x: Tensor) -> Tensor:
         """x (b c t n) -> (b c t' n): the two frames before it in front, a zero frame at the clip's ends."""
@@ -153,6 +156,47 @@ class TemporalBlock(nn.Module):
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         y = self.conv2(F.relu(self.conv1(x, memory)), memory)
         return memory.wait(self, x, y.shape[0] // memory.batch) + y
+
+
+class DoubleTemporalBlock(nn.Module):
+    """Two temporal residual blocks, one after the other. Paper: Table 5, "Temp. Conv. Doubled"."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first, self.second = TemporalBlock(channels), TemporalBlock(channels)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return self.second(self.first(x, memory), memory)
+
+
+class TemporalAttention(nn.Module):
+    """Self-attention over the frames at every pixel, plus the input. Paper: Table 5, "Temporal Attention".
+
+    Every frame looks at every other, so it needs the whole clip: it cannot stream.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        self.heads = next(n for n in (8, 4, 2, 1) if channels % n == 0)  # Choice: eight, as in video UNets
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        if not memory.whole_clip:
+            raise UserError(
+                "temporal attention sees the whole clip and cannot stream; take a network with "
+                "temporal convolutions (temporal_kind conv or double), or short clips and forward()"
+            )
+        h, w = x.shape[-2:]
+        y = self.qkv(self.norm(rearrange(x, "(b t) c h w -> (b h w) t c", b=memory.batch)))
+        q, k, v = rearrange(y, "n t (three m d) -> three n m t d", three=3, m=self.heads)
+        y = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n m t d -> n t (m d)"))
+        return x + rearrange(y, "(b h w) t c -> (b t) c h w", h=h, w=w)
+
+
+TEMPORAL_KINDS = {"conv": TemporalBlock, "double": DoubleTemporalBlock, "attention": TemporalAttention}
 
 
 class NoTemporalBlock(nn.Module):
@@ -309,7 +353,8 @@ class UNetBlock(nn.Module):
         c_out, temporal = widths[-1][1], config["temporal"]
 
         def temporal_block(placement: str) -> nn.Module:
-            return TemporalBlock(c_out) if temporal == placement else NoTemporalBlock()
+            block = TEMPORAL_KINDS[config["temporal_kind"]]
+            return block(c_out) if temporal == placement else NoTemporalBlock()
 
         self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in widths)
         self.attentions = nn.ModuleList(TransformerBlock(c_out, heads, config) for _ in range(attentions))
@@ -476,7 +521,8 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
 
     unet_channels, heads, attention: for each level, SD2.1's widths before pruning; decoder_channels: the half
     decoder's, fine to coarse; temporal: "layer" (38 temporal blocks, the 0.57 B of the paper's Table 1),
-    "block" (9), "none" (AdcSR); pixel_skip: add the bicubic x4 of the input to the output.
+    "block" (9), "none" (AdcSR); temporal_kind: "conv", or Table 5's "double" and "attention";
+    pixel_skip: add the bicubic x4 of the input to the output.
     """
 
     MULTIPLE = 16  # 2 from the unshuffle, 8 from three downsamplings
@@ -491,13 +537,16 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         decoder_attention: bool = True,
         norm_groups: int = 32,
         temporal: str = "layer",
+        temporal_kind: str = "conv",
         pixel_skip: bool = False,
     ):
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         # Choice: "after each UNet block" reads both ways; "layer" is what gives the paper's 0.57 B.
         if temporal not in ("layer", "block", "none"):
-            raise ValueError(f'temporal={temporal!r}: give "layer", "block" or "none"')
+            raise UserError(f"temporal {temporal}: give layer, block or none")
+        if temporal_kind not in TEMPORAL_KINDS:
+            raise UserError(f"temporal_kind {temporal_kind}: give {', '.join(TEMPORAL_KINDS)}")
         self.pixel_skip = pixel_skip
         self.unet = UNet(self.config)
         self.decoder = HalfDecoder(self.config)
@@ -522,8 +571,8 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
 
         Equal to `forward` of the whole clip, whatever the chunks; memory does not grow with its length.
         The first result comes once `lag` + 1 frames are in; at the end the frames still inside flow out.
-        A chunk that does not fit into GPU memory is halved and tried again; a single frame that does not fit
-        raises torch.OutOfMemoryError.
+        What does not fit into GPU memory is halved and tried again, chunks as well as the tail's groups of
+        frames; a single frame that does not fit raises torch.OutOfMemoryError.
         """
         past, chunk = None, None
         for chunk in chunks:
@@ -590,10 +639,18 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         b, _, _, h, w = shape
         # Time in front, so that each piece holds whole frames of all clips.
         features, lr = (rearrange(x, "(b t) c h w -> t b c h w", b=b) for x in (features, lr))
-        for f, x in zip(features.split(self.TAIL_FRAMES), lr.split(self.TAIL_FRAMES)):
-            if len(f):
-                sr = torch.cat(list(self.decode(f.flatten(0, 1), x.flatten(0, 1))))
-                yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
+        start, size = 0, self.TAIL_FRAMES
+        while start < len(features):
+            f, x = (y[start : start + size].flatten(0, 1) for y in (features, lr))
+            try:
+                sr = torch.cat(list(self.decode(f, x)))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size //= 2
+                continue
+            start += size
+            yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
 
     # --------------------------------------------------------------------------------------------------
     # Weights from elsewhere

@@ -6,19 +6,23 @@ Admission test: a line that mentions a frame, a latent, a label or a loss belong
 
 import argparse
 import dataclasses
+import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.utils.flop_counter import FlopCounterMode
 
 # ------------------------------------------------------------------------------------------------------
 # Errors
@@ -67,6 +71,15 @@ class World:
         """Whether the flag is set in any process."""
         return self.mean({"flag": float(flag)})["flag"] > 0
 
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replaces each gradient by its mean over all processes. Said once a step, after every backward pass,
+        where DistributedDataParallel would have to be told which of several passes is the last."""
+        if self.size > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            for work in [dist.all_reduce(g, async_op=True) for g in gradients]:
+                work.wait()
+            torch._foreach_div_(gradients, self.size)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -79,7 +92,11 @@ def init_world() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        # torchrun keeps its store over restarts: under one name, a new start reads the dead one's addresses.
+        attempt = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), device)
     return World(0, 1, device)
@@ -184,14 +201,95 @@ class StopSignal:
 
 
 class Log:
-    """One JSON object a line, appended to `path` by the main process."""
+    """One JSON object a line in out/log.jsonl, and TensorBoard's curves where it is installed."""
 
-    def __init__(self, path: Path, enabled: bool):
-        self.file = None
+    def __init__(self, out: Path, enabled: bool):
+        self.file = self.board = None
         if enabled:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = path.open("a", buffering=1)
+            out.mkdir(parents=True, exist_ok=True)
+            self.file = (out / "log.jsonl").open("a", buffering=1)
+            if importlib.util.find_spec("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
-    def write(self, **values) -> None:
+                self.board = SummaryWriter(str(out))
+
+    def write(self, step: int, **values: float) -> None:
         if self.file:
-            self.file.write(json.dumps(values) + "\n")
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+
+class Meter:
+    """What a person sees of a run: every `every` steps a line, also in the log, of values averaged over
+    processes and over the steps since the last line, speed, share of time waiting for data, peak memory.
+    """
+
+    def __init__(self, world: World, log: Log, every: int, steps: int):
+        self.world, self.log, self.every, self.steps = world, log, every, steps
+        self.reset()
+
+    def reset(self) -> None:
+        self.totals, self.count, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+
+    def timed(self, batches: Iterable) -> Iterator:
+        """The batches, the wait for each on the clock."""
+        iterator, asked = iter(batches), time.perf_counter()
+        for batch in iterator:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    def step(self, step: int, values: dict[str, torch.Tensor], **more: float) -> dict[str, float]:
+        """After update number `step`. Names with a slash are logged, not printed; where a line was printed,
+        the means are returned. Raises `UserError` for a value that is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                way_out = "The last checkpoint is kept; try a lower --lr."
+                raise UserError(f"step {step}: {name} is {float(value)}. {way_out}")
+            self.totals[name] = self.totals.get(name, 0.0) + float(value)
+        self.count += 1
+        if step % self.every and step != self.steps:
+            return {}
+        spent = time.perf_counter() - self.since
+        means = self.world.mean({name: total / self.count for name, total in self.totals.items()})
+        more |= {"steps_per_s": self.count / spent, "data_wait": self.waited / spent, "gb": peak_memory()}
+        self.log.write(step, **means, **more)
+        if self.world.is_main:
+            shown = " ".join(f"{k} {v:.4g}" for k, v in (means | more).items() if "/" not in k)
+            left = (self.steps - step) * spent / self.count / 60
+            print(f"step {step}/{self.steps} {shown} eta {left:.0f} min", flush=True)
+        self.reset()
+        return means
+
+
+def peak_memory() -> float:
+    """The most memory this process has held, in GB: on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows, where infer.py needs this module too
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+TFLOPS = 250  # of a GPU in training: about a quarter of the peak of an H100 or H200 in bf16
+
+
+def print_cost(networks: dict, tflop: float, samples: int, processes: int) -> None:
+    """The table of --dry-run. networks: name -> module or None; tflop: work for one sample, of `samples`."""
+    for name, net in networks.items():
+        if net:
+            size = sum(weight.numel() for weight in (*net.parameters(), *net.buffers()))
+            print(f"{name:16} {size / 1e6:8.1f} M weights")
+    days = tflop * samples / (TFLOPS * processes) / 86400
+    print(f"{tflop:.3g} TFLOP for a sample and step, what a cache makes once not counted")
+    print(f"{samples} samples on {processes} GPUs at {TFLOPS} TFLOP/s each: {days:.1f} days", flush=True)
+
+
+def count_flops(work: Callable[[], object]) -> float:
+    """Floating-point operations (2 for a multiply-add) of work(), in 1e12; its tensors may be on "meta"."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 1e12

@@ -1,91 +1,122 @@
-"""Stage 1: the student learns its target by regression (paper Sec. 3.3, Appendix A, Algorithm 1).
+"""Stage 1: the student learns the teacher's videos by regression (paper Sec. 3.3, Appendix A, Algorithm 1).
 
-    clip_hr --degrade--> clip_lr --student--> clip_sr       loss = lambda_pixel L1(clip_sr, target)   Eq. 1, 2
-       '------------------------- target (--teacher gt: the paper's row "No Teacher (HR GT Only)")
+    clip_hr --degrade--> clip_lr --student--> x_S -------------------- L1, DISTS ---- x_T    Eq. 2
+                            |          '----> f_S -------- L1 -------- f_T             |    Eq. 3
+                            |                                           '-- encoder ---|
+                            '--teacher (DOVE, once and cached, or on the way) ---------'
 
-    python train_stage1.py --preset tiny --videos FOLDER --images FOLDER   trains the weights in weights/tiny
-    python train_stage1.py --preset smoke                                  the same path, a minute, no files
+    torchrun --nproc_per_node=8 train_stage1.py --teacher PATH_TO_DOVE \\
+             --adcsr net_params_200.pkl halfDecoder.ckpt                    the paper's recipe
+    python train_stage1.py --preset tiny --videos FOLDER --images FOLDER    trains the weights in weights/tiny
+    python train_stage1.py --preset smoke                                   the whole path, a minute, no files
 
-The same command again resumes; Ctrl-C saves first.
+The same command again resumes; Ctrl-C saves first; --dry-run says what it costs.
 """
 
 import json
-import time
-from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 import model
-from data import ClipPool, TrainingClips, loader, validation_clips
-from metrics import psnr
+from data import fixed_clips, loader, micro_batches, on_device
+from metrics import DISTS, dists_loss, validate
 from model import AdcVSR
 from runtime import (
     Log,
+    Meter,
     StopSignal,
+    UserError,
     World,
+    count_flops,
     init_world,
     load_training_state,
     newest_checkpoint,
     parse_config,
+    peak_memory,
+    print_cost,
     run,
     save_checkpoint,
     setting,
 )
-from video import to_network, to_uint8
+from teacher import VAE, load_encoder, load_teacher, training_clips
 
 # ------------------------------------------------------------------------------------------------------
-# Config
+# Config: the defaults are the paper's
 
 
 @dataclass(frozen=True)
 class Config:
-    student: str = setting("tiny", "the network: a preset of model.py")
+    student: str = setting("full", "the network: a preset of model.py")
+    temporal: str = setting("layer", "temporal blocks: layer, block or none (Table 5)")
+    temporal_kind: str = setting("conv", "conv, double or attention (Table 5)")
+    pixel_skip: bool = setting(False, "add the bicubic x4 of the input to the output")
+    adcsr: tuple[str, ...] = setting(
+        ("weights/net_params_200.pkl", "weights/halfDecoder.ckpt"), "AdcSR's two files, the 2D start"
+    )
+    trust_pickle: bool = setting(False, "allow Python objects in AdcSR's files")
+    teacher: str = setting("weights/DOVE", "a DOVE folder, gt (HR itself), or a folder of another's results")
+    prompt_embedding: str = setting("", "DOVE's empty prompt, where it is not beside the DOVE folder")
+    teacher_cache: str = setting("", "clips and teacher videos made before by teacher.py")
+    vae: str = setting(VAE, "SD2.1's VAE, for the feature targets: a folder, a hub id, or seeded")
+    dists: str = setting("pretrained", "DISTS: pretrained, seeded (no download) or none")
     videos: str = setting("datasets/videos", "training videos: a folder, a list file, OpenVid-1M's CSV")
     images: str = setting("datasets/images", "training photos: a folder, a list file")
-    procedural: float = setting(0.1, "share of clips from the procedural world")
+    procedural: float = setting(0.0, "share of clips from the procedural world")
     degradation: str = setting("realbasicvsr", "realbasicvsr or dove")
     sharpen: bool = setting(False, "unsharp-masked HR, as RealBasicVSR trains with")
     stride: int = setting(1, "source frames from one frame of a clip to the next")
-    frames: int = setting(4, "clip length t; the paper's is 25")
-    size: int = setting(192, "side of the HR crop in pixels; the paper's is 512")
-    batch: int = setting(9, "clips a step, over all processes; the paper's is 8")
-    pool: int = setting(600, "clips made once, of which the batches are random pieces; 0: every clip new")
+    frames: int = setting(25, "clip length t                                     Paper: Sec. 4.1")
+    size: int = setting(512, "side of the HR crop in pixels                      Paper: Sec. 4.1")
+    batch: int = setting(8, "clips a step, over all processes                    Paper: Sec. 4.1")
+    micro_batch: int = setting(1, "clips at a time through a process's networks, gradients accumulated")
+    pool: int = setting(0, "clips made once, of which the batches are random pieces; 0: every clip new")
     pool_frames: int = setting(12, "frames of a clip in the pool")
     pool_size: int = setting(256, "side of a clip in the pool")
-    steps: int = setting(1440, "optimiser steps; the paper's are 200K")
-    lr: float = setting(
-        3e-4, "Adam's learning rate; the paper's is 1e-4 for a network that starts from SD2.1"
-    )
-    halve_at: tuple[int, ...] = setting(
-        (650, 1000, 1120, 1240, 1330, 1400), "steps after which the learning rate halves; the paper's is 100K"
-    )
-    lambda_pixel: float = setting(0.1, "weight of the pixel loss, Eq. 1")
+    overfit: int = setting(0, "train on this many clips again and again, to see the loss fall; 0: off")
+    steps: int = setting(200_000, "optimiser steps                               Paper: Sec. 4.1")
+    lr: float = setting(1e-4, "Adam's learning rate                              Paper: Sec. 4.1")
+    halve_at: tuple[int, ...] = setting((100_000,), "steps after which it halves  Paper: Sec. 4.1")
+    lambda_pixel: float = setting(0.1, "weight of the pixel losses               Paper: Eq. 1")
+    lambda_feature: float = setting(1.0, "weight of the feature losses           Paper: Eq. 1")
     seed: int = setting(0, "seed of the initial weights and of the data")
-    out: str = setting("runs/stage1", "folder of checkpoints and log")
-    save_every: int = setting(250, "steps between checkpoints")
+    checkpointing: bool = setting(True, "recompute activations in the backward pass to save memory")
+    compile: bool = setting(False, "torch.compile each UNet block")
+    out: str = setting("runs/stage1", "folder of checkpoints, log and pictures")
+    save_every: int = setting(1000, "steps between checkpoints")
     keep: int = setting(3, "checkpoints kept")
     log_every: int = setting(10, "steps between two lines of the log")
-    validate_every: int = setting(250, "steps between validations on held-out clips")
-    validation_videos: int = setting(8, "held-out clips looked at")
-    workers: int = setting(2, "processes that load data")
+    validate_every: int = setting(1000, "steps between validations, with pictures, on held-out clips")
+    validation_clips: int = setting(8, "held-out clips looked at")
+    workers: int = setting(8, "processes that load data, for each training process")
+    dry_run: bool = setting(False, "build everything, do one step, say what training costs, and stop")
 
 
 MAY_CHANGE = frozenset(  # settings that a resumed run may change: they leave the weights as they are
-    "out steps save_every keep log_every validate_every validation_videos workers".split()
+    """steps out save_every keep log_every validate_every validation_clips workers checkpointing compile
+    dry_run trust_pickle""".split()
 )
 
 # Choice: tiny's recipe is ours; the paper has none for a network that starts from nothing on two CPU cores.
+# Its pixel skip leaves no room for feature targets, and DISTS needs a trained VGG: it learns by L1 alone.
+TINY = Config(
+    student="tiny", pixel_skip=True, adcsr=(), teacher="gt", dists="none", lambda_feature=0.0, procedural=0.1,
+    frames=6, size=192, batch=6, micro_batch=6, pool=1200, steps=4200, lr=3e-4,
+    halve_at=(3400, 3700, 3850, 3950, 4050, 4130), checkpointing=False, save_every=200, validate_every=400,
+    workers=2,
+)  # fmt: skip
 PRESETS = {
-    "tiny": Config(),
+    "full": Config(),
+    "24gb": Config(teacher_cache="cache"),  # one card of 24 GB: the teacher's 11.6 GB stay out of it
+    "tiny": TINY,
     "smoke": replace(
-        Config(), frames=4, size=64, batch=2, steps=12, procedural=1.0, pool=0, out="runs/smoke1",
-        save_every=6, log_every=2, validate_every=12, workers=0,
+        TINY, pixel_skip=False, vae="seeded", dists="seeded", lambda_feature=1.0, procedural=1.0, frames=4,
+        size=64, batch=2, micro_batch=1, pool=0, steps=12, halve_at=(), checkpointing=True,
+        out="runs/smoke/stage1", save_every=6, log_every=2, validate_every=12, validation_clips=2, workers=0,
     ),
 }  # fmt: skip
 
@@ -93,16 +124,31 @@ PRESETS = {
 # One step
 
 
-def train_step(clip_lr: Tensor, target: Tensor, student, optimiser, cfg: Config) -> dict[str, Tensor]:
-    """One update: clip_lr (b t 3 h w), target (b t 3 4h 4w), both in [-1, 1]. Returns the losses by name."""
-    with torch.autocast(clip_lr.device.type, torch.bfloat16):
-        clip_sr = student(clip_lr)
-    pixel = F.l1_loss(clip_sr.float(), target)  # Paper: Eq. 2, its first term
-    loss = cfg.lambda_pixel * pixel  # Paper: Eq. 1
+def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -> dict[str, Tensor]:
+    """One update of the student. Paper: Algorithm 1, stage 1; Eq. 1-3 without the adversarial terms.
+
+    batch: micro-batches of clips: lr (b t 3 h w), hr and, from a cache, target (b t 3 4h 4w);
+    teacher: x_L -> x_T; encoder: x -> f; dists: (x, x) -> (); each may be None. Returns the losses by name.
+    """
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()
+    totals: dict[str, Tensor] = {}
+    for clips in batch:
+        clips = on_device(clips, world.device)
+        with torch.autocast(world.device.type, torch.bfloat16):
+            x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
+            f_t = encoder(x_t) if encoder else None
+            x_s, f_s = student(clips["lr"], return_features=True)
+
+            pixel = F.l1_loss(x_s, x_t)  # Paper: Eq. 2
+            perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
+            feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)  # Paper: Eq. 3
+            loss = cfg.lambda_pixel * (pixel + perceptual) + cfg.lambda_feature * feature  # Paper: Eq. 1
+        (loss / len(batch)).backward()
+        losses = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
+        totals = {name: totals.get(name, 0) + value.detach() / len(batch) for name, value in losses.items()}
+    world.average_gradients(student.parameters())
     optimiser.step()
-    return {"loss": loss.detach(), "pixel": pixel.detach()}
+    return totals
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -110,32 +156,29 @@ def learning_rate(step: int, cfg: Config) -> float:
     return cfg.lr * 0.5 ** sum(step > at for at in cfg.halve_at)
 
 
-@torch.no_grad()
-def validate(student: AdcVSR, clips: list) -> dict[str, float]:
-    """Mean PSNR over held-out clips, in dB, of the student and of bicubic upsampling."""
-    ours, bicubic = [], []
-    for _, hr, lr in clips:
-        lr = to_network(rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w"))
-        hr = rearrange(torch.from_numpy(hr), "t h w c -> t c h w")
-        with torch.autocast("cpu", torch.bfloat16):
-            sr = student(lr)
-        up = F.interpolate(lr[0], scale_factor=float(model.SCALE), mode="bicubic")
-        ours.append(psnr(to_uint8(sr[0].float()), hr).mean().item())
-        bicubic.append(psnr(to_uint8(up), hr).mean().item())
-    return {"psnr": sum(ours) / len(ours), "psnr_bicubic": sum(bicubic) / len(bicubic)}
-
-
 # ------------------------------------------------------------------------------------------------------
 # The run
 
 
-def batches(cfg: Config, world: World, clips: TrainingClips, start: int) -> Iterator[tuple]:
-    """(clip_lr, clip_hr, files skipped) of this rank, clips in [-1, 1], from update `start` + 1 on."""
-    for batch in loader(
-        clips, start, cfg.steps, world.rank, world.size, cfg.batch, 0 if cfg.pool else cfg.workers
-    ):
-        pair = (to_network(batch[k].to(world.device, non_blocking=True)) for k in ("lr", "hr"))
-        yield *pair, int(batch["skipped"].sum())
+def new_student(cfg: Config) -> AdcVSR:
+    """The student before training: AdcSR augmented with temporal blocks, or tiny at random weights."""
+    changes = {k: getattr(cfg, k) for k in ("temporal", "temporal_kind", "pixel_skip")}
+    if cfg.adcsr:
+        return AdcVSR.from_adcsr(*cfg.adcsr, trust_pickle=cfg.trust_pickle, **changes)
+    return AdcVSR(**model.PRESETS[cfg.student] | changes)
+
+
+def cost(cfg: Config, student, encoder, dists) -> float:
+    """TFLOP for a clip and step: `train_step` itself on shapes alone, one frame of them; the teacher's not
+    counted."""
+    student, encoder, dists = (net and deepcopy(net).to("meta") for net in (student, encoder, dists))
+    side = cfg.size // model.SCALE
+    clips = {"lr": torch.empty(1, 1, 3, side, side, device="meta")}
+    clips["hr"] = torch.empty(1, 1, 3, cfg.size, cfg.size, device="meta")
+    here, still = World(0, 1, torch.device("cpu")), torch.optim.SGD(student.parameters(), lr=0.0)
+    return cfg.frames * count_flops(
+        lambda: train_step([clips], student, None, encoder, dists, still, here, cfg)
+    )
 
 
 def main(cfg: Config) -> None:
@@ -143,29 +186,25 @@ def main(cfg: Config) -> None:
     world = init_world()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     # networks
-    student = AdcVSR(**model.PRESETS[cfg.student]).to(world.device)
+    student = new_student(cfg)
+    student.unet.checkpointing = cfg.checkpointing
+    encoder = load_encoder(cfg, student)
+    dists = {"none": lambda: None, "seeded": DISTS.seeded, "pretrained": DISTS.from_pretrained}[cfg.dists]()
+    teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, cfg.prompt_embedding, world.device)
+    if cfg.dry_run and world.is_main:
+        nets = {"student": student, "encoder": encoder, "dists": dists}
+        print_cost(nets, cost(cfg, *nets.values()), cfg.batch * cfg.steps, world.size)
+    student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
     # PyTorch's normalisation of wide frames with few channels is ten times slower in channels-last on a CPU.
     (student if world.device.type == "cuda" else student.unet).to(memory_format=torch.channels_last)
-    wrapped = DistributedDataParallel(student) if world.size > 1 else student
+    if cfg.compile:
+        for block in (*student.unet.down_blocks, student.unet.mid_block, *student.unet.up_blocks):
+            block.compile()
     # optimisers
     optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
     # data
-    whole = (cfg.pool_frames, cfg.pool_size) if cfg.pool else (cfg.frames, cfg.size)
-    clips = TrainingClips(
-        cfg.videos,
-        cfg.images,
-        *whole,
-        cfg.seed,
-        cfg.degradation,
-        cfg.procedural,
-        cfg.stride,
-        sharpen=cfg.sharpen,
-    )
-    if cfg.pool:
-        clips = ClipPool(clips, cfg.pool, cfg.frames, cfg.size, cfg.workers)
-    held_out = []
-    if world.is_main and cfg.procedural < 1:
-        held_out = list(validation_clips(cfg.videos, cfg.images))[:: max(1, 19 // cfg.validation_videos)]
+    clips = training_clips(cfg)
+    held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, cfg.validation_clips)
     # resume
     out, step = Path(cfg.out), 0
     if folder := newest_checkpoint(out):
@@ -176,67 +215,40 @@ def main(cfg: Config) -> None:
 
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
-        state = {
-            "step": step,
-            "config": json.loads(json.dumps(asdict(cfg))),
-            "optimiser": optimiser.state_dict(),
-        }
-        torch.save(state, folder / "train.pt")
+        config = json.loads(json.dumps(asdict(cfg)))
+        torch.save({"step": step, "config": config, "optimiser": optimiser.state_dict()}, folder / "train.pt")
 
     # loop
-    log, stop = Log(out / "log.jsonl", world.is_main), StopSignal()
+    log, stop = Log(out, world.is_main and not cfg.dry_run), StopSignal()
+    meter = Meter(world, log, cfg.log_every, cfg.steps)
     if world.is_main:
-        size = sum(p.numel() for p in student.parameters()) / 1e6
-        print(
-            f"student {cfg.student} {size:.2f} M parameters | {world.size} x {world.device} | at step {step}"
-        )
-    waited, skipped, since = 0.0, 0, time.perf_counter()
-    source, first = batches(cfg, world, clips, step), step
-    stopping = False
-    while step < cfg.steps and not stopping:
-        asked = time.perf_counter()
-        clip_lr, target, passed_over = next(source)
-        skipped += passed_over
-        waited += time.perf_counter() - asked
+        print(f"{world.size} x {world.device} | at step {step} of {cfg.steps} | {out}")
+    source = loader(clips, step, cfg.steps, world.rank, world.size, cfg.batch, cfg.workers, cfg.overfit)
+    for batch in meter.timed(source):
         step += 1
+        torch.manual_seed(hash((cfg.seed, step, world.rank)))  # a resumed run draws what it would have drawn
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        losses = train_step(clip_lr, target, wrapped, optimiser, cfg)
+        parts = micro_batches(batch, cfg.micro_batch)
+        losses = train_step(parts, student, teacher, encoder, dists, optimiser, world, cfg)
+        if cfg.dry_run:
+            shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
+            return print(f"one step: {shown}; peak memory {peak_memory():.1f} GB")
+        meter.step(step, losses, lr=learning_rate(step, cfg))
 
-        if step % cfg.log_every == 0 or step == cfg.steps:
-            values = world.mean({k: v.item() for k, v in losses.items()})
-            if not all(abs(v) < float("inf") for v in values.values()):
-                raise SystemExit(f"step {step}: a loss is not finite ({values}); the last checkpoint is kept")
-            seconds = (time.perf_counter() - since) / (step - first)
-            values |= {
-                "lr": learning_rate(step, cfg),
-                "s_per_step": seconds,
-                "data_wait": waited / (step - first),
-                "skipped": skipped,
-            }
-            log.write(step=step, **values)
-            if world.is_main:
-                shown = " ".join(f"{k} {v:.4g}" for k, v in values.items())
-                print(
-                    f"step {step}/{cfg.steps} {shown} eta {(cfg.steps - step) * seconds / 60:.0f} min",
-                    flush=True,
-                )
-            waited, since, first = 0.0, time.perf_counter(), step
-        if held_out and (step % cfg.validate_every == 0 or step == cfg.steps):
-            scores = validate(student, held_out)
-            log.write(step=step, **scores)
-            print(
-                f"step {step}/{cfg.steps} " + " ".join(f"{k} {v:.3f} dB" for k, v in scores.items()),
-                flush=True,
-            )
-            since, first = time.perf_counter(), step
+        if world.is_main and (step % cfg.validate_every == 0 or step == cfg.steps):
+            scores = validate(student, teacher, held_out, out / "pictures", step)
+            log.write(step, **scores)
+            print(f"step {step}: student {scores['psnr']:.3f} dB, bicubic {scores['psnr_bicubic']:.3f} dB")
         stopping = world.any(stop.set)  # asked of one process, done by all
         if step % cfg.save_every == 0 or step == cfg.steps or stopping:
             if not all(p.isfinite().all() for p in student.parameters()):  # the loss was, before the update
-                raise SystemExit(f"step {step}: the weights are not finite; the last checkpoint is kept")
+                raise UserError(f"step {step}: the weights are not finite; the last checkpoint is kept")
             if world.is_main:
                 save_checkpoint(out, step, write, cfg.keep)
         world.barrier()
+        if stopping:
+            break
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     video | folder of frames | image  --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
     rgb (h w 3) uint8, time           --VideoWriter-->  H.264 video | folder of PNGs | PNG
-    finished segments                 --concatenate-->  one video or folder, without encoding again
+    finished segments                 --concatenate-->  one video with the source's sound, or one folder,
+                                                        without encoding again
 
 Frames pass one by one, so memory does not grow with the clip. The paper mentions none of it, a viewer sees
 all of it: presentation times, upright frames, the right colour matrix, the sound. Frames on disk and in data
@@ -11,13 +12,14 @@ sets are uint8 RGB, networks take [-1, 1]; `to_network` and `to_uint8` are the o
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import re
 import shutil
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
@@ -155,9 +157,8 @@ class VideoReader:
     rate, constant_rate  frames a second, or their mean; whether every frame lies on the grid n / rate
     frames               expected number in the whole clip, for progress bars; None if unknown
     tick, start_time     seconds: the unit of the file's clock, and the first frame's time on it
-    has_audio            whether there is sound for a VideoWriter to copy
     aspect, hdr          width of a pixel by its height; H.273 (matrix, primaries, transfer); None if ordinary
-    notes, finished      lines for the user; whether an iteration has reached the clip's end
+    notes                lines for the user
     """
 
     def __init__(self, path: str | Path, start: float | Fraction = 0.0):
@@ -165,7 +166,7 @@ class VideoReader:
         self.name = (self.path.name or str(self.path)) + "/" * self.path.is_dir()
         self.rate, self.constant_rate, self.frames = FOLDER_RATE, True, None
         self.tick = self.start_time = Fraction(0)
-        self.has_audio, self.aspect, self.hdr, self.finished = False, None, None, False
+        self.aspect, self.hdr = None, None
         self.notes: list[str] = []
         self._container: InputContainer | None = None
         self._reformatter = VideoReformatter()
@@ -220,7 +221,6 @@ class VideoReader:
     def _iter_images(self) -> Iterator[Frame]:
         for i in range(math.ceil(self.start * self.rate), len(self._files)):
             yield Frame(self._image(i), i / self.rate)
-        self.finished = True
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         """The container, opened afresh, and its first moving picture (cover art is none)."""
@@ -255,7 +255,6 @@ class VideoReader:
         aspect = stream.codec_context.sample_aspect_ratio
         if aspect not in (None, 0, 1):
             self.aspect = 1 / aspect if self._quarters % 2 else aspect
-        self.has_audio = len(container.streams.audio) > 0
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
         transfer = HDR_TRANSFERS.get(int(first.color_trc))
         if transfer:
@@ -292,7 +291,8 @@ class VideoReader:
             average = stream.average_rate or 0
             sane = mean / 2 < average < mean * 2
             self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
-        self._promised = stream.frames or round(_seconds(stream) * self.rate)
+        # A variable rate is only a mean: no promise of so many frames.
+        self._promised = stream.frames or round(_seconds(stream) * self.rate) * self.constant_rate
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
         self.frames = self._promised or round(longest * self.rate) or None
 
@@ -365,7 +365,6 @@ class VideoReader:
         if self._damaged or shown < 0.9 * promised:
             of = f" of {promised}" if promised else ""
             self._note(f"damaged or truncated: {shown}{of} frames decode. Is the download complete?")
-        self.finished = True
 
 
 def read_clip(path: str | Path, start_frame: int = 0, frames: int | None = None) -> np.ndarray:
@@ -390,7 +389,7 @@ class _Images:
     """Numbered PNGs in a folder, or one PNG."""
 
     def __init__(self, path: Path):
-        self.path, self.written, self.notes = path, 0, []
+        self.path, self.written = path, 0
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
         if self.written and not self.path.is_dir():
@@ -406,62 +405,6 @@ class _Images:
     close = finish
 
 
-class _Copies:
-    """The source's audio and subtitle packets, passed on untouched as the picture advances."""
-
-    def __init__(self, source: VideoReader | None, container: OutputContainer):
-        self.container, self.notes, self.streams, self.pending, self.original = container, [], {}, None, None
-        if source is None or source.kind != "video":
-            return
-        self.start_time, self.original = source.start_time, _open_container(source.path, source.name)
-        for stream in (*self.original.streams.audio, *self.original.streams.subtitles):
-            try:
-                copy = self.streams[stream.index] = container.add_stream_from_template(stream)
-                copy.metadata.update(stream.metadata)
-            except ValueError:  # PyAV asks the container's list of codecs
-                kind = f"{stream.type} {stream.codec_context.name if stream.codec_context else '(unknown)'}"
-                suffix = Path(container.name).suffix
-                more = "" if suffix == ".mkv" else " An .mkv output holds more kinds."
-                self.notes.append(f"{kind} does not fit into {suffix} and is left out.{more}")
-        self.packets = self._demux()
-        self.pending = next(self.packets, None)
-
-    def close(self) -> None:
-        if self.original:
-            self.original.close()
-
-    def _demux(self) -> Iterator[av.Packet]:
-        copied = [self.original.streams[i] for i in self.streams]
-        try:
-            packets = self.original.demux(*copied) if copied else ()
-            yield from (packet for packet in packets if packet.dts is not None)
-        except av.error.FFmpegError:
-            self.notes.append("sound: damaged or truncated; kept up to the damage")
-
-    def advance(self, origin: Fraction, until: Fraction | None) -> None:
-        """Copy what starts before `until` (None: all there is), in seconds since the source's first frame.
-
-        `origin` becomes the output's zero: a cut clip starts with the packet that sounds at its first frame.
-        """
-        while self.pending is not None:
-            packet, tick = self.pending, self.pending.time_base
-            time = packet.dts * tick - self.start_time
-            if until is not None and time >= until:
-                return
-            self.pending = next(self.packets, None)
-            if origin > 0 and time + (packet.duration or 0) * tick <= origin:
-                continue
-            shift = round((self.start_time + origin) / tick)
-            packet.dts -= shift
-            packet.pts = None if packet.pts is None else packet.pts - shift
-            packet.stream = self.streams[packet.stream.index]
-            try:
-                self.container.mux_one(packet)
-            except (av.error.InvalidDataError, av.error.ArgumentError):
-                note = "sound: damaged packets were left out"
-                self.notes += [note] if note not in self.notes else []
-
-
 def _clock(rate: Fraction, source: VideoReader | None) -> tuple[Fraction, int]:
     """(tick, step): the tick in seconds, of which the rate's grid and the source's own timestamps are whole
     multiples, and the ticks that a frame lasts."""
@@ -473,12 +416,11 @@ def _clock(rate: Fraction, source: VideoReader | None) -> tuple[Fraction, int]:
 
 
 class _Video:
-    """H.264 4:2:0 in BT.709, and what _Copies brings of the source."""
+    """H.264 4:2:0 in BT.709, or in the source's own HDR colours; pictures alone."""
 
-    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source, crf: int, sound: bool):
-        self.rate, self.source = rate, source
+    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source, crf: int):
+        self.rate, self.origin, self.last, self.written = rate, None, -1, 0
         self.tick, self.step = _clock(rate, source)
-        self.origin, self.last, self.written = None, -1, 0
         self.container = av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix])
         self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": str(crf), **X264})
         codec = self.stream.codec_context
@@ -489,8 +431,6 @@ class _Video:
         codec.color_range = ColorRange.MPEG
         codec.sample_aspect_ratio = (source and source.aspect) or Fraction(1)
         self.reformatter = VideoReformatter()
-        self.copies = _Copies(source if sound else None, self.container)
-        self.notes = self.copies.notes
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
         time = self.written / self.rate if time is None else Fraction(time)
@@ -505,17 +445,13 @@ class _Video:
         frame.duration = self.step  # MP4's rate is a mean, the last frame included
         self.container.mux(self.stream.encode(frame))
         self.written += 1
-        self.end = time + 1 / self.rate
-        self.copies.advance(self.origin, time)
 
     def finish(self) -> None:
         self.container.mux(self.stream.encode(None))
-        self.copies.advance(self.origin, None if self.source and self.source.finished else self.end)
         self.close()
 
     def close(self) -> None:
         self.container.close()
-        self.copies.close()
 
 
 class Output:
@@ -571,22 +507,19 @@ class VideoWriter(Output):
     """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv, a .png, or, without suffix, a folder of PNGs.
 
     `path` appears on a clean exit, complete; an exception or a kill leaves nothing under that name. `source`
-    lends its clock, pixel shape and, with `sound`, its audio and subtitles; the time first written is the
-    output's zero. `notes` are for the user.
+    lends its clock, pixel shape and HDR colours; the time first written is the output's zero. Sound comes
+    with `concatenate`.
     """
 
-    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source=None, crf=CRF, sound=True):
+    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source=None, crf: int = CRF):
         self._shape = (height, width, 3)
         if Path(path).suffix.lower() in VIDEO_FORMATS and (width % 2 or height % 2):
             odd = f"{Path(path).name}: {width}x{height} is odd, 4:2:0 video has even sides"
             raise VideoError(f"{odd}. Give a folder: PNGs have any size.")
         super().__init__(path)
         with self.failures_in_one_line():
-            if self.is_video:
-                self._sink = _Video(self.partial, width, height, Fraction(rate), source, crf, sound)
-            else:
-                self._sink = _Images(self.partial)
-        self.notes: list[str] = self._sink.notes
+            video = (width, height, Fraction(rate), source, crf)
+            self._sink = _Video(self.partial, *video) if self.is_video else _Images(self.partial)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -618,14 +551,15 @@ class VideoWriter(Output):
 def concatenate(
     segments: list[Path], starts: list[Fraction], path: Path, source: VideoReader, to_end: bool = True
 ) -> list[str]:
-    """Join finished segments as if one VideoWriter had written them to `path`; returns its notes.
+    """Join finished segments as if one VideoWriter had written them to `path`, and add the source's sound.
 
-    segments  what VideoWriter(..., source, sound=False) made with equal settings: .mp4 files, whose clock is
-              exact (Matroska's counts milliseconds), or folders of PNGs
+    segments  what VideoWriter(..., source) made with equal settings: .mp4 files, whose clock is exact
+              (Matroska's counts milliseconds), or folders of PNGs
     starts    the time of each segment's first frame, in seconds; inside a segment times count from there
-    to_end    copy the source's sound to its end, else to the end of the picture
+    to_end    copy the source's audio and subtitles to their end, else to the end of the picture
 
-    Nothing is encoded again. VideoError if a segment cannot be read or does not match the first.
+    Nothing is encoded again. Returns notes for the user. VideoError if a segment cannot be read or does not
+    match the first.
     """
     output = Output(path)
     try:
@@ -649,35 +583,92 @@ def _join_folders(segments: list[Path], _starts, path: Path, _source, _to_end) -
 
 
 def _join_videos(segments: list[Path], starts: list[Fraction], path: Path, source, to_end: bool) -> list[str]:
-    """Packets as they are, on one clock: decoding times are presentation times, some places earlier."""
+    """Packets as they are, on one clock, pictures and sound in the order of their decoding times."""
     tick, step = _clock(source.rate, source)
-    decoding_times = deque(-step * n for n in range(X264_REORDERED, 0, -1))
-    with av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix]) as container:
+    notes: list[str] = []
+    with ExitStack() as stack:
+        original = source.kind == "video" and stack.enter_context(_open_container(source.path, source.name))
+        container = stack.enter_context(av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix]))
         with _open_container(segments[0], segments[0].name) as first:
             joined = container.add_stream_from_template(first.streams.video[0], opaque=True)
-        headers = joined.codec_context.extradata
         joined.time_base, joined.codec_context.framerate = tick, source.rate
-        copies = _Copies(source, container)
-        for segment, start in zip(segments, starts, strict=True):
-            packets = _segment_packets(segment, start - starts[0], tick, headers)
-            decoding_times.extend(sorted(packet.pts for packet in packets))
-            for packet in packets:
-                packet.dts, packet.duration, packet.stream = decoding_times.popleft(), step, joined
+        streams = _sound_streams(original, container, notes) if original else {}
+        end = None
+        if not to_end:
+            last = _segment_packets(segments[-1], starts[-1], tick, None)
+            end = (max(packet.pts for packet in last) + step) * tick
+        pictures = _pictures(segments, starts, joined, tick, step)
+        sounds = _sounds(original, streams, source.start_time, starts[0], end, notes) if streams else ()
+        for packet in heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base):
+            try:
                 container.mux_one(packet)
-                copies.advance(starts[0], starts[0] + packet.pts * tick)
-        copies.advance(starts[0], None if to_end else starts[0] + (decoding_times[-1] + step) * tick)
-        copies.close()
-    return copies.notes
+            except (av.error.InvalidDataError, av.error.ArgumentError):
+                if packet.stream is joined:
+                    raise
+                notes.append("sound: damaged packets were left out")
+    return list(dict.fromkeys(notes))
 
 
-def _segment_packets(path: Path, start: Fraction, tick: Fraction, headers: bytes) -> list[av.Packet]:
+def _pictures(segments, starts, stream: VideoStream, tick: Fraction, step: int) -> Iterator[av.Packet]:
+    """The packets of all segments. Decoding times are presentation times, some places earlier."""
+    decoding_times = deque(-step * n for n in range(X264_REORDERED, 0, -1))
+    for segment, start in zip(segments, starts, strict=True):
+        packets = _segment_packets(segment, start - starts[0], tick, stream.codec_context.extradata)
+        decoding_times.extend(sorted(packet.pts for packet in packets))
+        for packet in packets:
+            packet.dts, packet.duration, packet.stream = decoding_times.popleft(), step, stream
+            yield packet
+
+
+def _segment_packets(path: Path, start: Fraction, tick: Fraction, headers: bytes | None) -> list[av.Packet]:
     """A segment's packets, compressed as they are, shown from `start` seconds on."""
     with _open_container(path, path.name) as container:
         stream = container.streams.video[0]
-        if stream.codec_context.extradata != headers:
+        if headers not in (None, stream.codec_context.extradata):
             raise VideoError(f"{path.name}: made with other settings. Remove the segments and start again.")
         packets = [packet for packet in container.demux(stream) if packet.pts is not None]
         for packet in packets:
             packet.pts = round((start + packet.pts * stream.time_base) / tick)
             packet.time_base = tick
     return packets
+
+
+def _sound_streams(original: InputContainer, container: OutputContainer, notes: list[str]) -> dict:
+    """New streams for the original's audio and subtitles, by their index there; a note for each misfit."""
+    streams = {}
+    for stream in (*original.streams.audio, *original.streams.subtitles):
+        try:
+            streams[stream.index] = container.add_stream_from_template(stream)
+            streams[stream.index].metadata.update(stream.metadata)
+        except ValueError:  # PyAV asks the container's list of codecs
+            kind = f"{stream.type} {stream.codec_context.name if stream.codec_context else '(unknown)'}"
+            suffix = Path(container.name).suffix
+            more = "" if suffix == ".mkv" else " An .mkv output holds more kinds."
+            notes.append(f"{kind} does not fit into {suffix} and is left out.{more}")
+    return streams
+
+
+def _sounds(
+    original: InputContainer, streams: dict, zero: Fraction, origin: Fraction, end, notes: list[str]
+) -> Iterator[av.Packet]:
+    """The original's packets for `streams`, untouched, from `origin` to `end` seconds (None: to their end).
+
+    Times count from `zero`, its first picture. `origin` becomes the output's zero: a cut clip starts with the
+    packet that sounds at its first frame.
+    """
+    try:
+        for packet in original.demux(*(original.streams[i] for i in streams)):
+            if packet.dts is None:
+                continue
+            tick = packet.time_base
+            time = packet.dts * tick - zero
+            over = origin > 0 and time + (packet.duration or 0) * tick <= origin
+            if over or (end is not None and time >= end):
+                continue
+            shift = round((zero + origin) / tick)
+            packet.dts -= shift
+            packet.pts = None if packet.pts is None else packet.pts - shift
+            packet.stream = streams[packet.stream.index]
+            yield packet
+    except av.error.FFmpegError:
+        notes.append("sound: damaged or truncated; kept up to the damage")

@@ -1,6 +1,7 @@
 """What a user relies on when a clip goes in: a x4 clip out, whole, in time, resumable; errors in one line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,18 +13,62 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, times_of, with_sound
 
 import infer
+from bench import bench_memory
+from model import PRESETS, AdcVSR
 from video import VideoReader, VideoWriter, read_clip
 
 ROOT = Path(infer.__file__).parent
-EDGE = ROOT.parent / "shared" / "data" / "edge"
-needs_edge = pytest.mark.skipif(not EDGE.is_dir(), reason="the sample data ../shared/data is not here")
+NARROW = {"unet_channels": [16] * 4, "heads": [1] * 4, "decoder_channels": [8] * 4}
 
 
-def make_clip(
-    path: Path, frames: int = 10, width: int = 40, height: int = 24, rate=Fraction(24000, 1001)
-) -> Path:
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A student of tiny's topology, narrow enough for many runs, that looks at other frames."""
+    torch.manual_seed(0)
+    net = AdcVSR(**PRESETS["tiny"] | NARROW)
+    for parameter in net.parameters():
+        if not parameter.any():  # what starts at zero: time and the tail
+            torch.nn.init.normal_(parameter, std=0.02)
+    net.save_pretrained(tmp_path_factory.mktemp("weights"))
+    return tmp_path_factory.getbasetemp() / "weights0"
+
+
+@pytest.fixture
+def run_here(monkeypatch, weights):
+    """infer.py's main in this process, with the narrow student unless told otherwise."""
+
+    def run(*args) -> None:
+        monkeypatch.setattr(sys, "argv", ["infer.py", "--weights", str(weights), *map(str, args)])
+        infer.run(infer.main)
+
+    return run
+
+
+@pytest.fixture
+def refusal(run_here, capfd):
+    """The line that infer.py shows for bad input: exit status 2, nothing else on stderr, and before the plan
+    nothing at all."""
+
+    def refusal(*args, planned: bool = False) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run_here(*args)
+        out, err = capfd.readouterr()
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+        assert ("plan: " in out) == planned
+        return err
+
+    return refusal
+
+
+def command(*args) -> list[str]:
+    return [sys.executable, str(ROOT / "infer.py"), *map(str, args)]
+
+
+def make_clip(path: Path, frames: int = 10, width: int = 40, height: int = 24, rate=NTSC) -> Path:
     """A bright square that moves over a gradient."""
     gradient = np.linspace(40, 200, width)[None, :, None] * np.ones((height, 1, 3))
     with VideoWriter(path, width, height, rate) as out:
@@ -34,47 +79,196 @@ def make_clip(
     return path
 
 
-def command(*args) -> list[str]:
-    return [sys.executable, str(ROOT / "infer.py"), *map(str, args)]
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def run_here(monkeypatch, *args) -> None:
-    """infer.py's main in this process."""
-    monkeypatch.setattr(sys, "argv", ["infer.py", *map(str, args)])
-    infer.run(infer.main)
+# --- clips, folders, images ----------------------------------------------------------------------------
 
 
-def refusal(monkeypatch, capfd, *args) -> str:
-    """The one line that infer.py shows for bad input; checks that it is the only one, and the exit status."""
-    with pytest.raises(SystemExit) as stop:
-        run_here(monkeypatch, *args)
-    out, err = capfd.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (
-        out,
-        err,
-    )
-    return err
-
-
-def test_a_clip_comes_out_four_times_as_large_frame_for_frame(tmp_path):
+def test_a_clip_comes_out_four_times_as_large_frame_for_frame_and_looks_like_itself(tmp_path):
+    """With the shipped weights; shrunk again, the result is the input to within a few grey levels."""
     clip = make_clip(tmp_path / "clip.mp4")
     done = subprocess.run(command(clip), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("demonstration") == 1 and "--adcsr" in done.stderr
-    source, result = VideoReader(clip), VideoReader(tmp_path / "clip_x4.mp4")
-    assert (result.width, result.height, result.rate) == (160, 96, Fraction(24000, 1001))
-    assert [f.time for f in result] == [f.time for f in source]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip_x4.mp4"]  # nothing else is left
+    assert names(tmp_path) == ["clip.mp4", "clip_x4.mp4"]  # nothing else is left
+    with VideoReader(tmp_path / "clip_x4.mp4") as result:
+        assert (result.width, result.height, result.rate) == (160, 96, NTSC)
+    assert times_of(tmp_path / "clip_x4.mp4") == times_of(clip)
+    frames = infer.as_network(list(read_clip(tmp_path / "clip_x4.mp4")))
+    small = infer.as_frames(F.interpolate(frames, scale_factor=0.25, mode="area"))
+    assert np.abs(small.astype(float) - read_clip(clip)).mean() < 8
 
 
-def test_the_result_looks_like_its_input(tmp_path, monkeypatch):
-    """Shrunk again, the result is the input to within a few grey levels."""
-    clip = make_clip(tmp_path / "clip.mp4")
-    run_here(monkeypatch, clip)
-    small = F.interpolate(
-        infer.as_network(list(read_clip(tmp_path / "clip_x4.mp4"))), scale_factor=0.25, mode="area"
-    )
-    assert np.abs(infer.as_frames(small).astype(float) - read_clip(clip)).mean() < 8
+SHORT = moving_clip(6, 16, 24)
+STRIDE = [0, 33, 81, 90, 210, 260]  # milliseconds
+GENERATED = {  # file: (what makes it, part of the note about it)
+    "variable.mkv": (lambda p: raw_video(p, SHORT, 30, STRIDE, Fraction(1, 1000)), None),
+    "ntsc.mp4": (lambda p: raw_video(p, SHORT, NTSC), None),
+    "rotated.mov": (lambda p: raw_video(p, SHORT, rotation=90), "rotated upright by 90 degrees"),
+    "wide.mp4": (lambda p: raw_video(p, SHORT, tags={"sample_aspect_ratio": Fraction(4, 3)}), None),
+    "odd.mkv": (lambda p: raw_video(p, SHORT[:, :15, :23], codec="ffv1", pix_fmt="bgr0"), None),
+    "one_frame.mp4": (lambda p: raw_video(p, SHORT[:1]), None),
+    "sound.mp4": (lambda p: with_sound(p, SHORT, seconds=0.24), None),
+    "old.avi": (lambda p: raw_video(p, SHORT, codec="mpeg4"), None),
+    "interlaced.mp4": (
+        lambda p: raw_video(p, SHORT.repeat(2, 1).repeat(2, 2), options={"x264-params": "tff=1"}),
+        "interlaced source; deinterlace first",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_every_kind_of_clip_keeps_its_times_its_shape_and_its_sound(tmp_path, run_here, capfd, name):
+    make, note = GENERATED[name]
+    run_here(make(tmp_path / name), "-o", tmp_path / "out.mp4")
+    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == bool(note) and all(note in line for line in notes)
+    assert times_of(tmp_path / "out.mp4") == times_of(tmp_path / name) != []
+    with VideoReader(tmp_path / name) as source, VideoReader(tmp_path / "out.mp4") as result:
+        assert (result.width, result.height) == (4 * source.width, 4 * source.height)
+        assert result.aspect == source.aspect
+        assert result.rate == source.rate or not source.constant_rate
+    sound = packets(tmp_path / "out.mp4", "audio")
+    assert sound == packets(tmp_path / name, "audio") and bool(sound) == (name == "sound.mp4")
+
+
+EDGE_FILES = {  # flags that choose a few frames, their number, part of the note
+    "alpha_vp9.webm": (["--duration", 0.1], 3, "alpha channel dropped"),
+    "corrupt_stream.mp4": (["--start", 4.7], 1, "damaged or truncated"),
+    "h264_10bit.mp4": (["--duration", 0.1], 3, None),
+    "hlg_10bit_9frames_audio.mp4": (["--duration", 0.05], 2, "HLG/BT.2020 source"),
+    "midstream_resize.mp4": (["--start", 1.9], 3, "frame size changes"),
+    "mkv_audio_subs.mkv": (["--duration", 0.05], 2, None),
+    "one_frame_2x2.mp4": ([], 1, None),
+    "rot90_3frames.mov": ([], 3, "rotated upright by 90 degrees"),
+    "slowmotion_vfr.mp4": (["--duration", 0.05], 3, None),
+    "truncated_half.mp4": (["--start", 2.34], 1, "damaged or truncated"),
+    "vp9_odd_161x121.webm": (["--duration", 0.1], 3, None),
+}
+
+
+@needs_edge
+@pytest.mark.parametrize("name", EDGE_FILES)
+def test_awkward_files_come_out_with_their_notes(tmp_path, run_here, capfd, name):
+    """Their centres, by the protocol: large pictures take long to encode."""
+    flags, frames, note = EDGE_FILES[name]
+    run_here(EDGE / name, "-o", tmp_path / "out.mkv", "--protocol", "adcvsr", *flags)
+    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == bool(note) and all(note in line for line in notes)
+    with VideoReader(EDGE / name) as source, VideoReader(tmp_path / "out.mkv") as result:
+        assert (result.width, result.height) == (4 * min(128, source.width), 4 * min(128, source.height))
+        assert len(list(result)) == frames
+
+
+@pytest.mark.parametrize("size", [(1, 1), (17, 31)])
+def test_frame_folders_and_images_of_any_size_become_pngs(tmp_path, run_here, size):
+    height, width = size
+    folder = tmp_path / "frames"
+    with VideoWriter(folder, width, height, Fraction(25)) as out:
+        for i in range(3):
+            out.write(np.full((height, width, 3), 60 + 20 * i, np.uint8))
+    run_here(folder)
+    run_here(folder / "000001.png", "-o", tmp_path / "one.png")
+    assert read_clip(tmp_path / "frames_x4").shape == (3, 4 * height, 4 * width, 3)
+    assert read_clip(tmp_path / "one.png").shape == (1, 4 * height, 4 * width, 3)
+
+
+def test_a_truncated_clip_gives_what_decodes_and_a_warning(tmp_path, run_here, capfd):
+    whole = make_clip(tmp_path / "whole.mkv", frames=60)
+    part = tmp_path / "part.mkv"
+    part.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    run_here(part)
+    assert "note: damaged or truncated" in capfd.readouterr().err
+    assert 0 < len(read_clip(tmp_path / "part_x4.mkv")) < 60
+
+
+def test_several_clips_go_to_a_folder_and_one_bad_clip_does_not_stop_the_others(tmp_path, run_here, capfd):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    make_clip(clips / "a.mp4", frames=2)
+    (clips / "b.mp4").write_bytes(b"not a video")
+    make_clip(clips / "c.mp4", frames=2)
+    with pytest.raises(SystemExit) as stop:
+        run_here(clips, "-o", tmp_path / "out")
+    assert stop.value.code == 2 and "b.mp4" in capfd.readouterr().err
+    assert names(tmp_path / "out") == ["a_x4.mp4", "c_x4.mp4"]
+
+
+def test_a_folder_of_clips_beside_its_results_gives_the_same_results_again(tmp_path, run_here):
+    make_clip(tmp_path / "a.mp4", frames=2)
+    make_clip(tmp_path / "b.mp4", frames=2)
+    (tmp_path / "b_x4.partial.mp4").touch()  # what a kill leaves
+    for _ in range(2):
+        run_here(tmp_path, "--compare")
+        results = [f"{name}_x4{more}.mp4" for name in "ab" for more in ("", "_compare")]
+        assert names(tmp_path) == sorted(["a.mp4", "b.mp4", *results])
+
+
+def test_two_inputs_never_share_a_result(tmp_path, run_here, capfd):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        make_clip(tmp_path / folder / "clip.mp4", frames=2)
+    with pytest.raises(SystemExit):
+        run_here(tmp_path / "a" / "clip.mp4", tmp_path / "b" / "clip.mp4", "-o", tmp_path / "out")
+    assert "clip_x4.mp4 is another input's result" in capfd.readouterr().err
+    assert names(tmp_path / "out") == ["clip_x4.mp4"]
+
+
+# --- flags ---------------------------------------------------------------------------------------------
+
+
+def test_start_and_duration_choose_frames_and_times_start_at_zero(tmp_path, run_here):
+    clip = make_clip(tmp_path / "clip.mp4", frames=20, rate=Fraction(10))
+    run_here(clip, "--start", 0.5, "--duration", 0.7)
+    assert times_of(tmp_path / "clip_x4.mp4") == [Fraction(i, 10) for i in range(7)]
+
+
+def test_compare_and_profile_show_bicubic_beside_the_result(tmp_path, run_here):
+    clip = make_clip(tmp_path / "clip.mp4", frames=5)
+    run_here(clip, "--compare", "--profile")
+    ours, both = read_clip(tmp_path / "clip_x4.mp4"), read_clip(tmp_path / "clip_x4_compare.mp4")
+    assert both.shape == (5, 96, 320, 3)
+    assert np.abs(both[:, :, 160:].astype(int) - ours).mean() < 2  # the same frames, encoded apart
+    picture = read_clip(tmp_path / "clip_x4_profile.png")[0]
+    assert picture.shape == (10, 160, 3)
+    assert np.array_equal(picture[5:], ours[:, 48])  # one row of pixels, frame under frame
+
+
+def test_the_protocol_takes_25_frames_and_the_centre(tmp_path):
+    clip = make_clip(tmp_path / "clip.mkv", frames=27, width=140, height=132)
+    args = infer.parse([str(clip), "--protocol", "adcvsr"])
+    with VideoReader(clip) as reader:
+        frames = list(infer.wanted_frames(reader, args))
+    assert len(frames) == 25
+    np.testing.assert_array_equal(frames[0].rgb, read_clip(clip)[0][2:130, 6:134])
+
+
+def test_lq_at_hr_size_is_cropped_then_reduced():
+    rgb = np.random.default_rng(0).integers(0, 256, (600, 700, 3), np.uint8)
+    assert infer.protocol_crop(rgb, 4).shape == (128, 128, 3)
+    flat = infer.protocol_crop(np.full((512, 512, 3), 77, np.uint8), 4)
+    assert (flat == 77).all()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
+    """Frames, segments, what is done already, memory, disk; the numbers are those of the network."""
+    clip = make_clip(tmp_path / "clip.mp4", frames=230)
+    (tmp_path / "clip_x4.mp4.parts").mkdir()
+    (tmp_path / "clip_x4.mp4.parts" / "000000.mp4").touch()
+    before = names(tmp_path)
+    run_here(clip, "--dry-run", "--weights", infer.SHIPPED, "--dtype", "float32", "--chunk", 5)
+    out = capfd.readouterr().out
+    assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
+    assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
+    queues = AdcVSR(**PRESETS["tiny"]).queue_bytes(24, 40) / 2**30
+    assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues between chunks" in out
+    assert "about twice that during a step; disk: 0.00 GB" in out
+    assert names(tmp_path) == before
+
+
+# --- interruptions -------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_resumes_to_the_same_frames(tmp_path):
@@ -92,150 +286,108 @@ def test_a_killed_run_resumes_to_the_same_frames(tmp_path):
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
     assert not resumed.exists() and (parts / "000000.mp4").exists()
-    first = (parts / "000000.mp4").stat().st_mtime_ns
-
-    again = subprocess.Popen(
-        command(clip, "-o", resumed), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    out, err = again.communicate()
-    assert again.returncode == 0, err
-    assert "1 done" in out and first < time.time_ns()
+    again = subprocess.run(command(clip, "-o", resumed), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"3 segments of 96 frames, [12] done", again.stdout)
     assert not parts.exists()
     np.testing.assert_array_equal(read_clip(resumed), read_clip(straight))
-    assert [f.time for f in VideoReader(resumed)] == [f.time for f in VideoReader(straight)]
+    assert times_of(resumed) == times_of(straight)
 
 
-def test_finished_segments_of_another_command_are_refused_and_fresh_is_the_way_out(
-    tmp_path, monkeypatch, capfd
+@pytest.mark.parametrize("changed", ["color", "input", "weights"])
+def test_segments_of_another_command_are_refused_and_fresh_is_the_way_out(
+    tmp_path, run_here, refusal, weights, changed
 ):
     clip = make_clip(tmp_path / "clip.mp4", frames=3)
-    args = infer.parse([str(clip)])
+    args = infer.parse([str(clip), "--weights", str(weights if changed != "weights" else tmp_path)])
     with VideoReader(clip) as reader:
-        infer.open_parts(tmp_path / "clip_x4.mp4.parts", reader, args)
-    line = refusal_after_plan(monkeypatch, capfd, clip, "--color", "adain")
-    assert "color" in line and "--fresh" in line
-    run_here(monkeypatch, clip, "--color", "adain", "--fresh")
+        infer.Job(reader, None, args).open_parts()
+    flags = ["--color", "adain"] if changed == "color" else []
+    if changed == "input":
+        os.utime(clip, ns=(0, 0))
+    line = refusal(clip, *flags, planned=True)
+    assert f"was made with another {changed}. Use --fresh" in line
+    run_here(clip, *flags, "--fresh")
     assert len(read_clip(tmp_path / "clip_x4.mp4")) == 3
 
 
-def refusal_after_plan(monkeypatch, capfd, *args) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run_here(monkeypatch, *args)
-    assert stop.value.code == 2
-    return capfd.readouterr().err.splitlines()[-1]
+# --- one line on failure -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 1), (17, 31)])
-def test_frame_folders_of_any_size_become_png_folders(tmp_path, monkeypatch, size):
-    height, width = size
-    folder = tmp_path / "frames"
-    with VideoWriter(folder, width, height, Fraction(25)) as out:
-        for i in range(3):
-            out.write(np.full((height, width, 3), 60 + 20 * i, np.uint8))
-    run_here(monkeypatch, folder)
-    assert read_clip(tmp_path / "frames_x4").shape == (3, 4 * height, 4 * width, 3)
-
-
-def test_an_image_becomes_a_png(tmp_path, monkeypatch):
-    image = tmp_path / "photo.png"
-    with VideoWriter(image, 20, 12, Fraction(25)) as out:
-        out.write(np.full((12, 20, 3), 90, np.uint8))
-    run_here(monkeypatch, image)
-    assert read_clip(tmp_path / "photo_x4.png").shape == (1, 48, 80, 3)
-
-
-def test_start_and_duration_choose_frames_and_times_start_at_zero(tmp_path, monkeypatch):
-    clip = make_clip(tmp_path / "clip.mp4", frames=20, rate=Fraction(10))
-    run_here(monkeypatch, clip, "--start", 0.5, "--duration", 0.7)
-    times = [frame.time for frame in VideoReader(tmp_path / "clip_x4.mp4")]
-    assert times == [Fraction(i, 10) for i in range(7)]
-
-
-def test_compare_and_profile_show_bicubic_beside_the_result(tmp_path, monkeypatch):
-    clip = make_clip(tmp_path / "clip.mp4", frames=5)
-    run_here(monkeypatch, clip, "--compare", "--profile")
-    ours, both = read_clip(tmp_path / "clip_x4.mp4"), read_clip(tmp_path / "clip_x4_compare.mp4")
-    assert both.shape == (5, 96, 320, 3)
-    assert np.abs(both[:, :, 160:].astype(int) - ours).mean() < 2  # the same frames, encoded apart
-    assert read_clip(tmp_path / "clip_x4_profile.png").shape == (1, 10, 160, 3)
-
-
-def test_the_protocol_takes_25_frames_and_the_centre(tmp_path, monkeypatch):
-    clip = make_clip(tmp_path / "clip.mkv", frames=27, width=140, height=132)
-    args = infer.parse([str(clip), "--protocol", "adcvsr"])
-    with VideoReader(clip) as reader:
-        frames = list(infer.wanted_frames(reader, args))
-    assert len(frames) == 25
-    np.testing.assert_array_equal(frames[0].rgb, read_clip(clip)[0][2:130, 6:134])
-
-
-def test_lq_at_hr_size_is_cropped_then_reduced():
-    rgb = np.random.default_rng(0).integers(0, 256, (600, 700, 3), np.uint8)
-    assert infer.protocol_crop(rgb, 4).shape == (128, 128, 3)
-    flat = infer.protocol_crop(np.full((512, 512, 3), 77, np.uint8), 4)
-    assert (flat == 77).all()
-
-
-def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, monkeypatch, capfd):
-    clip = make_clip(tmp_path / "clip.mp4", frames=3)
-    run_here(monkeypatch, clip, "--dry-run")
-    out = capfd.readouterr().out
-    assert "3 frames" in out and "1 segments" in out and "queues" in out
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
-
-
-def test_several_clips_go_to_a_folder_and_one_bad_clip_does_not_stop_the_others(tmp_path, monkeypatch, capfd):
-    clips = tmp_path / "clips"
-    clips.mkdir()
-    make_clip(clips / "a.mp4", frames=2)
-    (clips / "b.mp4").write_bytes(b"not a video")
-    make_clip(clips / "c.mp4", frames=2)
-    with pytest.raises(SystemExit) as stop:
-        run_here(monkeypatch, clips, "-o", tmp_path / "out")
-    assert stop.value.code == 2 and "b.mp4" in capfd.readouterr().err
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_x4.mp4", "c_x4.mp4"]
-
-
-def test_bad_input_is_one_line(tmp_path, monkeypatch, capfd):
+def test_bad_input_is_one_line(tmp_path, refusal, monkeypatch):
     clip = make_clip(tmp_path / "clip.mp4", frames=2)
-    empty, folder, images = tmp_path / "empty.mp4", tmp_path / "folder", tmp_path / "images"
+    empty, folder, images, mixed = (tmp_path / n for n in ("empty.mp4", "folder", "images", "mixed"))
     empty.touch()
-    folder.mkdir()
-    images.mkdir()
+    for new in (folder, images, mixed):
+        new.mkdir()
     (images / "0.png").write_bytes(b"\x89PNG broken")
+    for side in (8, 9):
+        Image.new("RGB", (side, 8)).save(mixed / f"{side}.png")
     text = tmp_path / "text.mp4"
     text.write_text("hello")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cases = {
-        (tmp_path / "nothing.mp4",): "no such file",
-        (empty,): "empty",
+        (tmp_path / "nothing.mp4",): "nothing.mp4: no such file",
+        (empty,): "the file is empty",
         (text,): "not a video",
         (folder,): "no frames",
-        (images,): "0.png",
-        (clip, "--weights", tmp_path / "folder"): "cannot load",
+        (images,): "0.png: corrupt image",
+        (mixed,): "mixed/: 9.png is 9x8, expected 8x8. Use one folder per clip.",
+        (clip, "--weights", folder): "cannot load",
+        (clip, "--weights", "nobody/nothing"): "nobody/nothing: cannot load AdcVSR weights",
         (clip, "--adcsr", text, text): "not a PyTorch checkpoint",
         (clip, "-o", tmp_path / "no" / "where.mp4"): "no folder",
         (clip, "-o", tmp_path / "out.gif"): "cannot write .gif",
+        (clip, "-o", tmp_path / "out.png"): "out.png: a .png holds one frame",
         (clip, "-o", clip): "replace the input",
+        (clip, clip, "-o", text): "not a folder",
         (clip, "--device", "cuda:99"): "not available",
     }
     for args, expected in cases.items():
-        assert expected in refusal(monkeypatch, capfd, *args), args
+        assert expected in refusal(*args), args
     assert not list(tmp_path.glob("*_x4*"))
 
 
 @needs_edge
 @pytest.mark.parametrize("name", ["audio_only.mp4", "not_a_video.mp4"])
-def test_files_without_pictures_are_one_line(tmp_path, monkeypatch, capfd, name):
-    assert name in refusal(monkeypatch, capfd, EDGE / name, "-o", tmp_path / "out.mp4")
+def test_files_without_pictures_are_one_line(tmp_path, refusal, name):
+    assert name in refusal(EDGE / name, "-o", tmp_path / "out.mp4")
 
 
-def test_a_truncated_clip_gives_what_decodes_and_a_warning(tmp_path, monkeypatch, capfd):
-    whole = make_clip(tmp_path / "whole.mkv", frames=60)
-    part = tmp_path / "part.mkv"
-    part.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    run_here(monkeypatch, part)
-    assert "truncated" in capfd.readouterr().err
-    assert 0 < len(read_clip(tmp_path / "part_x4.mkv")) < 60
+def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, refusal, monkeypatch, weights):
+    clip = make_clip(tmp_path / "clip.mp4", frames=2)
+    assert "no frame from --start 5 on" in refusal(clip, "--start", 5, planned=True)
+    with monkeypatch.context() as patch:
+        patch.setitem(infer.BYTES, "video", 1e15)  # bytes a pixel
+        assert re.search(
+            r"clip_x4.mp4: needs about \d+.\d GB, \d+.\d GB are free", refusal(clip, planned=True)
+        )
+    broken = AdcVSR.from_pretrained(weights)
+    torch.nn.init.constant_(broken.decoder.conv_out.weight, float("nan"))
+    broken.save_pretrained(tmp_path / "broken")
+    for dtype, way_out in (("float32", "Use other weights"), ("bfloat16", "Use --dtype float32 --fresh")):
+        flags = "--fresh", "--weights", tmp_path / "broken", "--dtype", dtype
+        line = refusal(clip, *flags, planned=True)
+        assert f"output at 0.00 s is not finite in {dtype}. {way_out}" in line
+
+    def full_gpu(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(AdcVSR, "encode", full_gpu)
+    monkeypatch.setattr(AdcVSR, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
+    line = refusal(clip, "--fresh", planned=True)
+    assert "out of GPU memory with a single frame. Free the GPU, or use --dtype" in line
+    assert not (tmp_path / "clip_x4.mp4").exists()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_clip():
+    """The peak of a process that reads, upscales, writes and joins five times as many frames."""
+    short, long = bench_memory((120, 600), 48, 32)
+    assert long < 1.05 * short
+
+
+# --- colour, windows, memory ---------------------------------------------------------------------------
 
 
 def test_adain_gives_the_inputs_statistics():
@@ -257,10 +409,8 @@ def test_in_windows_every_frame_comes_once_with_context_on_both_sides():
     """A stand-in network that says where in its window a frame is: (frame, frames before, frames after)."""
 
     def where(lr):
-        before = torch.arange(lr.shape[1], dtype=torch.float32)[None, :, None, None]
-        return torch.stack(
-            [lr[:, :, 0], before.expand_as(lr[:, :, 0]), before.flip(1).expand_as(lr[:, :, 0])], 2
-        )
+        before = torch.arange(lr.shape[1], dtype=torch.float32)[None, :, None, None].expand_as(lr[:, :, 0])
+        return torch.stack([lr[:, :, 0], before, before.flip(1)], 2)
 
     for frames in (1, 8, 24, 25, 26, 42, 60):
         clip = torch.arange(frames, dtype=torch.float32)[None, :, None, None, None].expand(1, -1, 3, 2, 2)
@@ -271,10 +421,8 @@ def test_in_windows_every_frame_comes_once_with_context_on_both_sides():
             assert after >= infer.CONTEXT or after == frames - 1 - i
 
 
-def test_out_of_memory_halves_the_chunk_and_drops_no_frame(monkeypatch):
-    from model import PRESETS, AdcVSR
-
-    net = AdcVSR(**PRESETS["tiny"]).eval()
+def test_out_of_memory_halves_the_chunk_and_drops_no_frame(monkeypatch, weights):
+    net = AdcVSR.from_pretrained(weights).eval()
     lr = torch.rand(1, 13, 3, 16, 16) * 2 - 1
     encode = AdcVSR.encode
 

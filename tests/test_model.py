@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from model import PRESETS, SCALE, AdcVSR, Memory, TemporalBlock, WeightsError
+from runtime import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL_KEYS = ROOT / "../shared/docs/adcsr_state_dict_keys.txt"
@@ -141,6 +142,20 @@ def test_keys_and_shapes_are_the_official_ones():
     assert {k.removeprefix("decoder."): v for k, v in own.items() if k.startswith("decoder.")} == half_decoder
 
 
+def test_attention_over_time_is_the_naive_one():
+    """Table 5's variant: at every pixel, a softmax over the frames of the clip, head by head."""
+    block = awake(model.TemporalAttention(16)).double()
+    x = torch.randn(2 * 5, 16, 2, 3, dtype=torch.float64)
+    y = block(x, Memory(batch=2))
+    clip, out = (rearrange(v, "(b t) c h w -> b h w t c", b=2) for v in (x, y))
+    q, k, v = block.qkv(F.layer_norm(clip, (16,), block.norm.weight, block.norm.bias)).chunk(3, dim=-1)
+    heads = [
+        (q[..., i : i + 2] @ k[..., i : i + 2].mT / 2**0.5).softmax(-1) @ v[..., i : i + 2]
+        for i in range(0, 16, 2)
+    ]
+    assert block.heads == 8 and distance(out, clip + block.out(torch.cat(heads, dim=-1))) < 1e-12
+
+
 def test_importing_the_model_does_not_import_diffusers():
     code = "import sys, model; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -255,9 +270,11 @@ def test_temporal_conv_is_a_3d_conv_of_kernel_3_1_1():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", model.TEMPORAL_KINDS)
 @pytest.mark.parametrize("temporal", ["layer", "block"])
-def test_temporal_blocks_start_as_the_identity(temporal):
-    flat, augmented = AdcVSR(**{**SMALL, "temporal": "none"}), AdcVSR(**{**SMALL, "temporal": temporal})
+def test_temporal_blocks_start_as_the_identity(temporal, kind):
+    flat = AdcVSR(**{**SMALL, "temporal": "none"})
+    augmented = AdcVSR(**{**SMALL, "temporal": temporal, "temporal_kind": kind})
     augmented.load_state_dict({**augmented.state_dict(), **flat.state_dict()})
     lr = clip(b=2, t=3)
     assert torch.equal(augmented(lr), flat(lr))
@@ -649,8 +666,32 @@ def test_a_chunk_that_does_not_fit_into_memory_is_halved_and_nothing_is_lost():
         if len(args[0]) > 3:
             raise torch.OutOfMemoryError
 
-    net.unet.mid_block.register_forward_pre_hook(small_device)
+    for part in net.unet.mid_block, net.decoder.up_blocks[3]:  # in the UNet as well as in the tail
+        part.register_forward_pre_hook(small_device)
     assert distance(streamed(net, lr, 8), expected) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [lambda net: net.unet.mid_block, lambda net: net.decoder.up_blocks[3]])
+def test_a_frame_that_does_not_fit_into_memory_ends_the_stream(part):
+    net, lr = AdcVSR(**SMALL), clip(t=8)
+
+    def no_memory(module, args):
+        raise torch.OutOfMemoryError
+
+    part(net).register_forward_pre_hook(no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        streamed(net, lr, 8)
+
+
+@torch.no_grad()
+def test_doubled_convolutions_stream_too_and_attention_says_that_it_cannot():
+    lr = clip(t=9, dtype=torch.float64)
+    double = awake(AdcVSR(**{**SMALL, "temporal_kind": "double"})).double()
+    assert double.lag == 4 * 38 and distance(streamed(double, lr, 4), double(lr)) < 1e-9
+    attention = awake(AdcVSR(**{**SMALL, "temporal_kind": "attention"})).double()
+    with pytest.raises(UserError, match="cannot stream"):
+        streamed(attention, lr, 4)
 
 
 @torch.no_grad()

@@ -13,28 +13,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import load_file
 from test_runtime import names, signals, two_processes  # noqa: F401 (signals is a fixture)
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import infer
 import model
 import train_stage1
-from data import ClipPool, DataError, TrainingClips
+from data import ClipPool, DataError, TrainingClips, loader, micro_batches
+from metrics import DISTS, dists_loss
 from model import AdcVSR
 from runtime import UserError, World, load_training_state, newest_checkpoint
-from train_stage1 import MAY_CHANGE, PRESETS, Config, batches, learning_rate, main, train_step
+from teacher import FeatureEncoder
+from train_stage1 import MAY_CHANGE, PRESETS, Config, learning_rate, main, train_step
 from video import VideoReader, VideoWriter, to_network
 
 ROOT = Path(train_stage1.__file__).parent
 # The tiny student's topology, narrow enough for hundreds of steps in a test.
 MICRO = model.PRESETS["tiny"] | {"unet_channels": [16] * 4, "heads": [1] * 4, "decoder_channels": [8] * 4}
 CONFIG = replace(
-    PRESETS["smoke"], student="micro", frames=2, size=32, batch=2, steps=6, lr=3e-4, halve_at=(2, 4),
-    save_every=100, log_every=1,
+    PRESETS["smoke"], student="micro", frames=2, size=64, batch=2, steps=6, lr=3e-4, halve_at=(2, 4),
+    save_every=100, log_every=1, validate_every=100, validation_clips=1,
 )  # fmt: skip
-POOL = {"pool": 3, "pool_frames": 3, "pool_size": 48}
+# Its pixel losses alone, on smaller clips, with the skip that the tiny student has.
+PIXELS = replace(CONFIG, size=32, pixel_skip=True, lambda_feature=0.0, dists="none")
+POOL = {"pool": 3, "pool_frames": 3, "pool_size": 72}
 
 
 @pytest.fixture(autouse=True)
@@ -76,46 +80,85 @@ class Gain(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, clip_lr: torch.Tensor) -> torch.Tensor:
+    def forward(self, clip_lr: torch.Tensor, return_features: bool) -> tuple[torch.Tensor, torch.Tensor]:
         big = F.interpolate(rearrange(clip_lr, "b t c h w -> (b t) c h w"), scale_factor=4.0)
-        return self.gain * rearrange(big, "(b t) c h w -> b t c h w", b=len(clip_lr))
+        return self.gain * rearrange(big, "(b t) c h w -> b t c h w", b=len(clip_lr)), 2 * self.gain * clip_lr
 
 
-def test_a_step_follows_the_weighted_l1_distance_and_forgets_the_gradients_before_it():
-    clip_lr, target = torch.full((2, 3, 3, 4, 4), 0.5), torch.zeros(2, 3, 3, 16, 16)
-    target[1] = -1.0  # differences 0.5 and 1.5: L1 is 1, L2 would be 1.25
-    student, kept = Gain(), target.clone()
-    optimiser = torch.optim.SGD(student.parameters(), lr=1.0)
-    losses = train_step(clip_lr, target, student, optimiser, Config(lambda_pixel=0.1))
-    assert losses["pixel"].item() == pytest.approx(1.0) and losses["loss"].item() == pytest.approx(0.1)
-    assert student.gain.item() == pytest.approx(1 - 0.1 * 0.5)  # d loss / d gain = 0.1 mean(lr) = 0.05
-    train_step(clip_lr, target, student, optimiser, Config(lambda_pixel=0.1))
-    assert student.gain.item() == pytest.approx(1 - 2 * 0.1 * 0.5)
-    assert torch.equal(target, kept) and not losses["loss"].requires_grad
+def update(student, batch, cfg=CONFIG, encoder=None, dists=None, optimiser=None) -> dict[str, torch.Tensor]:
+    optimiser = optimiser or torch.optim.SGD(student.parameters(), lr=1.0)
+    return train_step(batch, student, None, encoder, dists, optimiser, WORLD, cfg)
+
+
+def test_a_step_is_equations_1_to_3_with_their_weights():
+    clip_lr, hr = torch.full((2, 3, 3, 8, 8), 0.5), torch.zeros(2, 3, 3, 32, 32)
+    hr[1] = -1.0  # differences 0.5 and 1.5: L1 is 1, L2 would be 1.25
+    student, cfg = Gain(), replace(CONFIG, lambda_pixel=0.1, lambda_feature=0.5)
+    losses = update(student, [{"lr": clip_lr, "hr": hr}], cfg, encoder=lambda x: torch.zeros(2, 3, 3, 8, 8))
+    assert losses["pixel"].item() == pytest.approx(1.0) and losses["feature"].item() == pytest.approx(1.0)
+    assert losses["loss"].item() == pytest.approx(0.1 * 1.0 + 0.5 * 1.0) and losses["dists"] == 0
+    # d loss / d gain = 0.1 mean(lr) + 0.5 mean(2 lr)
+    assert student.gain.item() == pytest.approx(1 - 0.1 * 0.5 - 0.5 * 1.0)
+    assert not losses["loss"].requires_grad
+
+
+def test_dists_adds_to_the_pixel_loss_and_sees_frames_one_by_one():
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 5, 3, 32, 32) * 2.4 - 1.2, torch.rand(2, 5, 3, 32, 32) * 2 - 1
+    dists = DISTS.seeded()
+    unit = [v.add(1).div(2).clamp(0, 1).flatten(0, 1) for v in (x, y)]
+    torch.testing.assert_close(dists_loss(dists, x, y), torch.stack([dists(a, b) for a, b in zip(*unit)]).mean())
+    batch, student = [{"lr": y[..., :8, :8], "hr": x}], Gain()
+    losses = update(student, batch, replace(CONFIG, lambda_pixel=0.3), dists=dists)
+    assert losses["dists"] > 0
+    assert losses["loss"].item() == pytest.approx(0.3 * (losses["pixel"] + losses["dists"]).item(), rel=1e-3)
+
+
+def test_micro_batches_give_the_gradients_of_the_whole_batch():
+    torch.manual_seed(0)
+    batch = {"lr": torch.rand(4, 2, 3, 8, 8).double(), "hr": torch.rand(4, 2, 3, 32, 32).double()}
+    parts, gains = micro_batches(batch | {"skipped": torch.zeros(4)}, 1), []
+    assert len(parts) == 4 and parts[3].keys() == {"lr", "hr"}
+    for clips in ([batch], parts):
+        student = Gain().double()
+        update(student, clips, PIXELS)
+        gains.append(student.gain.item())
+    assert gains[0] == pytest.approx(gains[1], abs=1e-12) and gains[0] != 1
+
+
+def test_a_cached_target_or_a_teacher_stands_in_for_hr():
+    clip = {"lr": torch.zeros(1, 2, 3, 8, 8), "hr": torch.zeros(1, 2, 3, 32, 32)}
+    assert update(Gain(), [clip])["pixel"] == 0
+    assert update(Gain(), [clip | {"target": clip["hr"] + 0.25}])["pixel"] == 0.25
+
+    def teacher(lr):
+        return clip["hr"] + 0.5
+
+    optimiser = torch.optim.SGD(Gain().parameters(), lr=1.0)
+    assert train_step([clip], Gain(), teacher, None, None, optimiser, WORLD, CONFIG)["pixel"] == 0.5
 
 
 def test_a_step_changes_every_weight_of_the_student_and_no_other_network():
     torch.manual_seed(0)
-    student = AdcVSR(**MICRO)
-    bystander = AdcVSR(**MICRO)
-    bystander.load_state_dict(student.state_dict())
+    student = AdcVSR(**{**MICRO, "pixel_skip": False})
+    encoder, dists = FeatureEncoder.seeded(student.config), DISTS.seeded()
+    frozen = {k: v.clone() for net in (encoder, dists) for k, v in net.state_dict().items()}
+    before = {k: v.clone() for k, v in student.state_dict().items()}
     optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
-    clip_lr, target = torch.rand(1, 2, 3, 20, 20), torch.rand(1, 2, 3, 80, 80)
+    batch = [{"lr": torch.rand(1, 2, 3, 20, 20), "hr": torch.rand(1, 2, 3, 80, 80)}]
     for _ in range(3):  # a zero-initialised layer passes gradients on from the second step
-        train_step(clip_lr, target, student, optimiser, CONFIG)
-    pairs = zip(student.named_parameters(), bystander.parameters(), strict=True)
-    assert [name for (name, mine), other in pairs if torch.equal(mine, other)] == []
-    assert all(p.dtype == torch.float32 for p in student.parameters())
-    assert all(p.grad is None for p in bystander.parameters())
+        update(student, batch, CONFIG, encoder, dists, optimiser)
+    assert [k for k, v in student.named_parameters() if torch.equal(v, before[k])] == []
+    assert all(torch.equal(v, frozen[k]) for net in (encoder, dists) for k, v in net.state_dict().items())
+    assert all(p.grad is None for net in (encoder, dists) for p in net.parameters())
 
 
-def test_many_steps_on_one_clip_lower_its_loss():
-    torch.manual_seed(0)
-    student = AdcVSR(**MICRO)
-    optimiser = torch.optim.Adam(student.parameters(), lr=2e-3)
-    clip_lr, target, *_ = next(iter(batches(CONFIG, WORLD, clips_of(CONFIG), 0)))
-    losses = [train_step(clip_lr, target, student, optimiser, CONFIG)["pixel"].item() for _ in range(40)]
-    assert sum(losses[-5:]) < 0.9 * 5 * losses[0]
+@pytest.mark.parametrize("cfg", [CONFIG, PIXELS], ids=["both domains", "pixels"])
+def test_overfit_lowers_the_loss_of_one_clip(tmp_path, cfg):
+    cfg = replace(cfg, overfit=1, batch=1, steps=40, lr=2e-3, halve_at=(), out=str(tmp_path))
+    main(cfg)
+    losses = [line["loss"] for line in logged(cfg) if "loss" in line]
+    assert len(losses) == 40 and sum(losses[-5:]) < 0.9 * 5 * losses[0]
 
 
 def test_the_learning_rate_halves_exactly_after_each_named_step():
@@ -136,17 +179,17 @@ def clips_of(cfg: Config) -> TrainingClips:
     return TrainingClips(None, None, cfg.frames, cfg.size, cfg.seed, cfg.degradation, cfg.procedural)
 
 
-@pytest.mark.parametrize("pool", [{}, POOL], ids=["every clip new", "a pool"])
-def test_three_and_three_steps_equal_six(tmp_path, pool):
-    straight = replace(CONFIG, out=str(tmp_path / "straight"), **pool)
-    resumed = replace(CONFIG, out=str(tmp_path / "resumed"), **pool)
+@pytest.mark.parametrize("cfg", [CONFIG, replace(PIXELS, **POOL)], ids=["every clip new", "a pool"])
+def test_three_and_three_steps_equal_six(tmp_path, cfg):
+    straight = replace(cfg, out=str(tmp_path / "straight"))
+    resumed = replace(cfg, out=str(tmp_path / "resumed"))
     main(straight)
     main(replace(resumed, steps=3))
-    assert names(tmp_path / "resumed") == ["log.jsonl", "step_000003"]
+    assert names(tmp_path / "resumed") == ["log.jsonl", "pictures", "step_000003"]
     torch.rand(7)  # the state that random numbers are in does not matter
     main(resumed)
     assert_same_checkpoint(tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006")
-    one, other = logged(straight), logged(resumed)
+    one, other = ([line for line in logged(run) if "loss" in line] for run in (straight, resumed))
     assert [line["step"] for line in one] == [line["step"] for line in other] == [1, 2, 3, 4, 5, 6]
     assert [line["loss"] for line in one] == [line["loss"] for line in other]
     assert len({line["loss"] for line in one}) == 6  # every step saw clips of its own
@@ -158,30 +201,30 @@ def test_three_and_three_steps_equal_six(tmp_path, pool):
 
 def test_the_seed_decides_the_run(tmp_path):
     for name, seed in ("a", 0), ("b", 0), ("c", 1):
-        main(replace(CONFIG, steps=2, halve_at=(), seed=seed, out=str(tmp_path / name)))
+        main(replace(PIXELS, steps=2, halve_at=(), seed=seed, out=str(tmp_path / name)))
     assert_same_checkpoint(tmp_path / "a" / "step_000002", tmp_path / "b" / "step_000002")
     a, c = weights(tmp_path / "a" / "step_000002"), weights(tmp_path / "c" / "step_000002")
     assert not torch.equal(a["unet.conv_in.weight"], c["unet.conv_in.weight"])
 
 
 def test_there_is_a_checkpoint_every_so_often_and_one_at_the_last_step(tmp_path):
-    main(replace(CONFIG, steps=5, save_every=2, keep=2, out=str(tmp_path)))
-    assert names(tmp_path) == ["log.jsonl", "step_000004", "step_000005"]
+    main(replace(PIXELS, steps=5, save_every=2, keep=2, out=str(tmp_path)))
+    assert names(tmp_path) == ["log.jsonl", "pictures", "step_000004", "step_000005"]
     assert {"config.json", "model.safetensors", "train.pt"} <= set(names(tmp_path / "step_000005"))
     before = (tmp_path / "step_000005" / "train.pt").stat()
-    main(replace(CONFIG, steps=5, save_every=2, keep=2, out=str(tmp_path)))  # nothing is left to do
+    main(replace(PIXELS, steps=5, save_every=2, keep=2, out=str(tmp_path)))  # nothing is left to do
     assert (tmp_path / "step_000005" / "train.pt").stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_run_with_other_settings_is_refused_and_its_checkpoint_untouched(tmp_path):
-    cfg = replace(CONFIG, steps=1, out=str(tmp_path))
+    cfg = replace(PIXELS, steps=1, out=str(tmp_path))
     main(cfg)
     before = (tmp_path / "step_000001" / "train.pt").read_bytes()
     with pytest.raises(UserError) as error:
         main(replace(cfg, steps=2, lr=1e-3, halve_at=()))
     line = str(error.value)
     assert "lr was 0.0003, now 0.001" in line and "halve_at was [2, 4], now []" in line
-    assert names(tmp_path) == ["log.jsonl", "step_000001"]
+    assert names(tmp_path) == ["log.jsonl", "pictures", "step_000001"]
     assert (tmp_path / "step_000001" / "train.pt").read_bytes() == before
 
 
@@ -193,9 +236,9 @@ def test_only_settings_that_leave_the_result_alone_may_change(tmp_path, field):
     if isinstance(old, bool):
         new = not old
     else:
-        new = old + {tuple: (9,), str: "2"}.get(type(old), 1)
+        new = old + {tuple: ("9",), str: "2"}.get(type(old), 1)
     changed = replace(CONFIG, **{field: new})
-    if field in "out steps save_every keep log_every validate_every validation_videos workers".split():
+    if field in MAY_CHANGE:
         assert load_training_state(tmp_path, changed, MAY_CHANGE)["step"] == 1
     else:
         with pytest.raises(UserError, match=rf" {field} was .*, now "):
@@ -205,7 +248,7 @@ def test_only_settings_that_leave_the_result_alone_may_change(tmp_path, field):
 def test_a_batch_that_the_processes_cannot_share_is_one_line():
     two = World(1, 2, torch.device("cpu"))
     with pytest.raises(DataError, match="2 processes cannot share a batch of 3"):
-        next(batches(replace(CONFIG, batch=3), two, clips_of(CONFIG), 0))
+        loader(clips_of(CONFIG), 0, 1, two.rank, two.size, batch=3, workers=0)
 
 
 def diverge_after(step: int, monkeypatch) -> None:
@@ -215,18 +258,17 @@ def diverge_after(step: int, monkeypatch) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     diverge_after(2, monkeypatch)
-    with pytest.raises(SystemExit, match=r"step 4: .*not finite.*'loss': nan.*checkpoint is kept"):
-        main(replace(CONFIG, save_every=2, keep=1, out=str(tmp_path)))
+    with pytest.raises(UserError, match=r"^step 4: loss is nan. The last checkpoint is kept"):
+        main(replace(PIXELS, save_every=2, keep=1, out=str(tmp_path)))
     assert names(tmp_path) == ["log.jsonl", "step_000002"]
     assert all(w.isfinite().all() for w in weights(tmp_path / "step_000002").values())
-    assert [line["step"] for line in logged(replace(CONFIG, out=str(tmp_path)))] == [1, 2, 3]
+    assert [line["step"] for line in logged(replace(PIXELS, out=str(tmp_path)))] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("often", [{"save_every": 1}, {"save_every": 2, "log_every": 5}], ids=["save", "log"])
-def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch, often):
+def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypatch):
     diverge_after(2, monkeypatch)
-    with pytest.raises(SystemExit, match="not finite"):
-        main(replace(CONFIG, **{"keep": 1, "out": str(tmp_path)} | often))
+    with pytest.raises(UserError, match="step 3: the weights are not finite"):
+        main(replace(PIXELS, save_every=1, keep=1, out=str(tmp_path)))
     assert all(w.isfinite().all() for w in weights(newest_checkpoint(tmp_path)).values())
 
 
@@ -273,14 +315,16 @@ def test_a_piece_is_a_function_of_the_seed_and_its_index():
 def gradients(world: World) -> dict[str, torch.Tensor]:
     """The gradients of train_step in float64 on a batch of four, shared by the processes there are."""
     torch.manual_seed(0)
-    student = AdcVSR(**MICRO).double()
+    student = AdcVSR(**{**MICRO, "pixel_skip": False}).double()
+    encoder = FeatureEncoder.seeded(student.config).double()
     for p in student.parameters():  # zero-initialised layers would keep most gradients at zero
         p.data += 0.05 * torch.randn_like(p)
-    wrapped = DistributedDataParallel(student) if world.size > 1 else student
-    cfg = replace(CONFIG, batch=4, size=80)  # large enough for attention between places
-    clip_lr, target, *_ = next(batches(cfg, world, clips_of(cfg), 0))
-    assert len(clip_lr) == 4 // world.size
-    train_step(clip_lr.double(), target, wrapped, torch.optim.SGD(student.parameters(), lr=0.1), cfg)
+    cfg = replace(CONFIG, batch=4, size=128)  # large enough for attention between places
+    (batch,) = loader(clips_of(cfg), 0, 1, world.rank, world.size, cfg.batch, workers=0)
+    batch = {k: to_network(batch[k]).double() for k in ("lr", "hr")}
+    assert len(batch["lr"]) == 4 // world.size
+    optimiser = torch.optim.SGD(student.parameters(), lr=0.1)
+    train_step([batch], student, None, encoder, None, optimiser, world, cfg)
     return {k: p.grad for k, p in student.named_parameters()}
 
 
@@ -297,22 +341,22 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 def three_runs(world: World, folder: Path) -> None:
     """Six steps, and three and three."""
     model.PRESETS["micro"] = MICRO
-    main(replace(CONFIG, out=str(folder / "straight")))
-    main(replace(CONFIG, steps=3, out=str(folder / "resumed")))
-    main(replace(CONFIG, out=str(folder / "resumed")))
+    main(replace(PIXELS, out=str(folder / "straight")))
+    main(replace(PIXELS, steps=3, out=str(folder / "resumed")))
+    main(replace(PIXELS, out=str(folder / "resumed")))
 
 
 def test_two_processes_train_like_one_and_resume_exactly(tmp_path):
-    alone = replace(CONFIG, out=str(tmp_path / "alone"))
+    alone = replace(PIXELS, out=str(tmp_path / "alone"))
     main(alone)
     two_processes(tmp_path, three_runs, tmp_path)
     assert_same_checkpoint(tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006")
     # Gradients rounded to bfloat16 are summed in another order, and Adam turns the sign of a gradient near
     # zero into a whole step. So the losses agree closely, but the weights only on the whole: they end apart
     # by 0.26 of the way they came (by 1.3 where every clip of a batch but one is ignored).
-    both = replace(CONFIG, out=str(tmp_path / "straight"))
+    both = replace(PIXELS, out=str(tmp_path / "straight"))
     for one, two in zip(logged(alone), logged(both), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
+        assert two.get("loss") == pytest.approx(one.get("loss"), rel=2e-3)
     torch.manual_seed(CONFIG.seed)
     start = AdcVSR(**MICRO).state_dict()
     a, b = (weights(tmp_path / name / "step_000006") for name in ("alone", "straight"))
@@ -331,7 +375,7 @@ def stopped_by_the_second(world: World, folder: Path) -> None:
             return step(*args)
 
         train_stage1.train_step = ask
-    main(replace(CONFIG, out=str(folder / "run")))
+    main(replace(PIXELS, out=str(folder / "run")))
 
 
 def test_a_signal_to_one_of_two_processes_saves_too(tmp_path):
@@ -341,7 +385,7 @@ def test_a_signal_to_one_of_two_processes_saves_too(tmp_path):
 
 # ----------------------------------------------------------------- the command itself
 
-SMALL = "--preset smoke --frames 2 --steps 4 --save-every 1 --log-every 1 --keep 9".split()
+SMALL = "--preset smoke --frames 2 --steps 4 --save-every 1 --log-every 1 --keep 9 --validate-every 99".split()
 ALONE = [sys.executable]
 TOGETHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -383,15 +427,17 @@ def smoke(tmp_path_factory) -> Path:
 
 
 def test_smoke_needs_no_network_and_no_file(smoke):
-    assert names(smoke) == ["runs"] and names(smoke / "runs" / "smoke1") == ["log.jsonl", "step_000002"]
-    cfg = replace(PRESETS["smoke"], out=str(smoke / "runs" / "smoke1"))
-    assert [line["step"] for line in logged(cfg)] == [2]
+    out = smoke / PRESETS["smoke"].out
+    assert names(smoke) == ["runs"] and names(out) == ["log.jsonl", "pictures", "step_000002"]
+    assert [line["step"] for line in logged(PRESETS["smoke"]) if "loss" in line] == [2]
+    width, height = Image.open(out / "pictures" / "procedural_0_000002.png").size
+    assert width == 3 * 64 and height == 64 + 3 * 4  # LR bicubic | student | HR, above their rows over time
 
 
 def test_infer_takes_a_checkpoint(smoke, tmp_path, monkeypatch):
-    checkpoint = newest_checkpoint(smoke / "runs" / "smoke1")
+    checkpoint = newest_checkpoint(smoke / PRESETS["smoke"].out)
     with VideoWriter(tmp_path / "clip.mp4", 24, 16, rate=25) as out:
-        for frame in clips_of(CONFIG)[0]["hr"][:, :, :16, :24]:
+        for frame in clips_of(PIXELS)[0]["hr"][:, :, :16, :24]:
             out.write(rearrange(frame, "c h w -> h w c").numpy())
     monkeypatch.setattr(sys, "argv", ["infer.py", str(tmp_path / "clip.mp4"), "--weights", str(checkpoint)])
     infer.main()
@@ -400,12 +446,12 @@ def test_infer_takes_a_checkpoint(smoke, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_holds_the_student_as_it_was_trained(tmp_path):
-    main(replace(CONFIG, steps=2, out=str(tmp_path)))
+    main(replace(PIXELS, steps=2, out=str(tmp_path)))
     loaded, saved = AdcVSR.from_pretrained(tmp_path / "step_000002"), weights(tmp_path / "step_000002")
     assert loaded.config == AdcVSR(**MICRO).config
     assert saved.keys() == loaded.state_dict().keys()
     assert all(torch.equal(v, saved[k]) and v.dtype == torch.float32 for k, v in loaded.state_dict().items())
-    clip = to_network(clips_of(CONFIG)[9]["lr"])[None]
+    clip = to_network(clips_of(PIXELS)[9]["lr"])[None]
     bicubic = F.interpolate(clip[0], scale_factor=4.0, mode="bicubic")[None]
     assert not torch.equal(loaded(clip), bicubic)  # it has left its start
 
@@ -418,11 +464,11 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
         pass
     process.send_signal(signal.SIGTERM)
     finish(process)
-    (checkpoint,) = [name for name in names(tmp_path) if name != "log.jsonl"]
+    (checkpoint,) = [name for name in names(tmp_path) if name.startswith("step")]
     step = int(checkpoint.removeprefix("step_"))
     assert newest_checkpoint(tmp_path).name == checkpoint and step >= 2
     assert torch.load(tmp_path / checkpoint / "train.pt", weights_only=True)["step"] == step
-    assert [line["step"] for line in logged(Config(out=str(tmp_path)))] == list(range(1, step + 1))
+    assert [line["step"] for line in logged(Config(out=str(tmp_path))) if "loss" in line] == list(range(1, step + 1))
 
 
 def half_way_through(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -443,7 +489,7 @@ def test_kill_9_while_saving_and_the_same_command_equal_the_straight_run(tmp_pat
     process.communicate()
     assert not (killed / "step_000004").exists()
     last = int(newest_checkpoint(killed).name[5:])
-    assert f"at step {last}\n" in finish(start(ALONE, *SMALL, "--out", killed))
+    assert f"at step {last} of 4" in finish(start(ALONE, *SMALL, "--out", killed))
     assert names(killed) == names(straight)  # nor is anything half-made left
     assert_same_checkpoint(straight / "step_000004", killed / "step_000004")
 
@@ -460,11 +506,10 @@ def main_worker(launcher: subprocess.Popen) -> int:
 def test_torchrun_starts_two_processes_again_that_end_like_the_straight_run(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert "2 x cpu" in finish(start(TOGETHER, *SMALL, "--out", straight))
-    # gloo may find the dead process's address once more before it finds the new one: a start more or two.
-    process = start([*TOGETHER, "--max-restarts=9"], *SMALL, "--out", killed)
+    process = start([*TOGETHER, "--max-restarts=1"], *SMALL, "--out", killed)
     half_way_through(process, killed, step=2)
     os.kill(main_worker(process), signal.SIGKILL)
-    assert finish(process).count("| at step ") >= 2
+    assert finish(process).count("| at step ") == 2
     assert names(killed) == names(straight)
     assert_same_checkpoint(straight / "step_000004", killed / "step_000004")
 

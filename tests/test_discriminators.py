@@ -1,0 +1,443 @@
+"""What dual-head training relies on: labels, losses, what is frozen, what sees time, grids, backbones."""
+
+import copy
+import itertools
+
+import huggingface_hub
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+import discriminators
+from data import real_clips
+from discriminators import (
+    BACKBONE,
+    HEADS,
+    LABELS,
+    FeatureDiscriminator,
+    PixelDiscriminator,
+    Scores,
+    Tail,
+    adversarial_loss,
+    convnext,
+    discriminator_loss,
+    first_conv,
+    labels,
+    mean_scores,
+)
+from model import PRESETS, AdcVSR, Memory
+from runtime import UserError
+
+# The full network's topology with all its temporal blocks, 12 channels wide; features have 24 channels.
+SMALL = dict(
+    PRESETS["full"], unet_channels=[16] * 4, heads=[2] * 4, decoder_channels=[8, 8, 8, 24], norm_groups=2
+)
+NARROW = dict(heads=(12, 4), width=16)
+DOMAINS = ["pixel", "feature"]
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+def small_unet() -> nn.Module:
+    """The UNet of a small student after training: its temporal blocks are no longer the identity."""
+    unet = AdcVSR(**SMALL).unet
+    for parameter in unet.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return unet
+
+
+def discriminator(domain: str, **options) -> nn.Module:
+    options = NARROW | options
+    if domain == "pixel":
+        return PixelDiscriminator(convnext("tiny"), **options)
+    return FeatureDiscriminator(small_unet(), **options)
+
+
+def clip(domain: str, b: int = 1, t: int = 3, h: int = 32, w: int = 32, dtype=torch.float32) -> torch.Tensor:
+    shape = (b, t, 3, h, w) if domain == "pixel" else (b, t, 24, h // 4, w // 4)
+    return torch.rand(shape, dtype=dtype) * 2 - 1
+
+
+def five_types(domain: str, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    parts = {"video": clip(domain, 2, 4, dtype=dtype), "random_images": clip(domain, 2, 4, dtype=dtype)}
+    parts |= {"image": clip(domain, 2, 1, dtype=dtype), "order": torch.tensor([[1, 0, 3, 2], [3, 1, 0, 2]])}
+    return {"student": clip(domain, 2, 4, dtype=dtype)} | real_clips(parts)
+
+
+def scores_that_learn(detail: int = 12, consistency: int = 4) -> Scores:
+    return Scores(*(torch.randn(2, 3, n, 4, 4, requires_grad=True) for n in (detail, consistency)))
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def test_the_labels_are_those_of_equation_5():
+    detail, consistency = ({k: v[i] for k, v in LABELS.items()} for i in (0, 1))
+    assert detail == {"student": -1, "video": 0, "shuffled_video": 0, "image": 1, "random_images": 1}
+    assert consistency == {"student": -1, "video": 1, "shuffled_video": -1, "image": 1, "random_images": -1}
+    assert labels() == LABELS
+
+
+def test_every_real_type_of_the_data_has_a_label_and_the_other_way_round():
+    assert set(five_types("pixel")) == set(LABELS)
+
+
+@pytest.mark.parametrize(
+    ["table", "expected"],
+    [
+        ("single", dict(student=-1, video=1, shuffled_video=-1, image=1, random_images=-1)),
+        ("three_types", dict(student=(-1, -1), video=(0, 1), image=(1, 1))),
+        ("detailed_video", LABELS | dict(video=(1, 1))),
+    ],
+)
+def test_the_ablated_tables_are_those_of_tables_3_and_7(table, expected):
+    assert labels(table) == {k: (v, v) if isinstance(v, int) else v for k, v in expected.items()}
+
+
+def test_a_head_without_channels_is_asked_nothing_and_types_for_it_alone_are_left_out():
+    assert labels(heads=(256, 0)) == {"student": (-1, 0), "image": (1, 0), "random_images": (1, 0)}
+    assert labels(heads=(0, 256)) == {k: (0, y) for k, (_, y) in LABELS.items()}
+
+
+def test_an_unknown_table_is_named_with_the_known_ones():
+    with pytest.raises(UserError, match="--labels half: there are full, single, three_types"):
+        labels("half")
+
+
+# ------------------------------------------------------------------------------------------------ losses
+
+
+def test_label_zero_costs_nothing_and_gives_exactly_zero_gradient():
+    for label in itertools.product((-1, 0, 1), repeat=2):
+        scores = scores_that_learn()
+        loss = discriminator_loss(scores, label)
+        (loss + 0 * sum(x.sum() for x in scores)).backward()
+        assert [bool(x.grad.any()) for x in scores] == [y != 0 for y in label]
+        assert (loss == 0) == (label == (0, 0))
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_descent_step_moves_each_score_towards_its_label(name):
+    scores = scores_that_learn()
+    discriminator_loss(scores, LABELS[name]).backward()
+    for score, y in zip(scores, LABELS[name]):
+        assert score.grad is None if y == 0 else (-score.grad.sign() == y).all()
+
+
+def test_the_discriminator_loss_is_equation_4_weighted_by_the_heads_channels():
+    scores = scores_that_learn()
+    for d, c in LABELS.values():
+        by_hand = 0.0
+        for x, y in zip(scores, (d, c)):
+            by_hand += (torch.log1p(torch.exp(-y * x.double())).sum() * abs(y)).item()
+        channels = torch.cat(list(scores), dim=2)
+        assert discriminator_loss(scores, (d, c)).item() == pytest.approx(by_hand / channels.numel())
+
+
+def test_the_students_loss_is_the_mean_softplus_over_all_256_channels():
+    scores = scores_that_learn(*HEADS)
+    assert torch.allclose(adversarial_loss(scores), F.softplus(-torch.cat(list(scores), dim=2)).mean())
+
+
+def test_the_student_is_pulled_up_where_its_discriminator_pushes_down():
+    scores = scores_that_learn()
+    up = torch.autograd.grad(adversarial_loss(scores), scores)
+    down = torch.autograd.grad(discriminator_loss(scores, LABELS["student"]), scores)
+    assert all((a < 0).all() and (b > 0).all() for a, b in zip(up, down))
+
+
+def test_the_log_leaves_out_a_head_without_channels():
+    assert mean_scores(Scores(torch.full((1, 2, 3, 4, 4), 2.0), torch.zeros(1, 2, 0, 4, 4))) == {"detail": 2}
+
+
+def test_losses_are_float32_whatever_the_networks_compute_in():
+    half = Scores(*(x.detach().bfloat16() for x in scores_that_learn()))
+    assert adversarial_loss(half).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------- the networks
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("heads", [(256, 0), (192, 64), (128, 128), (64, 192), (0, 256)])
+def test_every_head_split_of_table_6_trains(domain, heads):
+    d = discriminator(domain, heads=heads, width=256)
+    x = clip(domain, t=2)
+    scores = d(x)
+    assert [s.shape for s in scores] == [
+        (1, 2, n, *((4, 4) if domain == "pixel" else x.shape[3:])) for n in heads
+    ]
+    loss = adversarial_loss(scores) + discriminator_loss(scores, labels(heads=heads)["student"])
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in d.parameters())
+
+
+@pytest.mark.parametrize("heads", [(200, 64), (256,), (300, -44), (128, 64, 64)])
+def test_a_split_that_does_not_add_up_is_one_line_that_names_the_option(heads):
+    with pytest.raises(UserError, match=r"--heads .*: give two numbers of channels that add up to 256$"):
+        Tail(8, heads, 256)
+
+
+def test_the_tail_has_the_papers_layers_and_sizes():
+    tail = Tail(256, HEADS, 256)
+    convs = [m for m in tail.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
+    assert [(type(m).__base__, m.kernel_size) for m in convs[1:2]] == [(nn.Conv1d, (3,))]
+    assert [sum(p.numel() for p in m.parameters()) for m in convs] == [590080, 196864, 590080, 49344 + 16448]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (70, 45), (33, 63)])
+def test_the_pixel_discriminators_grid_is_an_eighth_of_the_clips(size):
+    h, w = size
+    for x in discriminator("pixel")(clip("pixel", 2, 2, h, w)):
+        assert x.shape[:2] == (2, 2) and x.shape[3:] == (h // 8, w // 8)
+
+
+@pytest.mark.parametrize("grid", [(8, 8), (16, 24), (9, 13), (3, 5)])
+def test_the_feature_discriminators_grid_is_that_of_the_features(grid):
+    for x in discriminator("feature")(torch.randn(2, 2, 24, *grid)):
+        assert x.shape[:2] == (2, 2) and x.shape[3:] == grid
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_one_frame_is_a_clip_too(domain):
+    assert discriminator(domain)(clip(domain, t=1)).detail.shape[:3] == (1, 1, 12)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_is_frozen_gets_no_gradient_and_does_not_change_in_three_steps(domain):
+    d = discriminator(domain)
+    parent = nn.ModuleList([d]).train().requires_grad_(False).requires_grad_(True)
+    assert d.training and not any(m.training for m in d.backbone.modules())
+    assert len(list(d.parameters())) == len(d.state_dict()) > 0
+    assert not any(k.startswith("backbone") for k in d.state_dict())
+    frozen, trained = copy.deepcopy(dict(d.named_buffers())), copy.deepcopy(dict(d.named_parameters()))
+    optimiser = torch.optim.Adam(parent.parameters(), lr=1e-3)
+    for _ in range(3):
+        for name, x in five_types(domain).items():
+            discriminator_loss(d(x), LABELS[name]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        parent.train()
+    assert all(torch.equal(x, frozen[k]) and not x.requires_grad for k, x in d.named_buffers())
+    assert not any(torch.equal(p, trained[k]) for k, p in d.named_parameters())
+
+
+def test_the_feature_discriminator_leaves_the_students_unet_alone():
+    unet = small_unet()
+    FeatureDiscriminator(unet, **NARROW)
+    assert all(p.requires_grad for p in unet.parameters()) and len(list(unet.parameters())) > 100
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_gradients_reach_every_frame_through_the_frozen_backbone(domain):
+    x = clip(domain).requires_grad_()
+    adversarial_loss(discriminator(domain).requires_grad_(False)(x)).backward()
+    assert x.grad.isfinite().all() and x.grad.abs().sum(dim=(2, 3, 4)).all()
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_checkpointing_changes_no_gradient(domain):
+    x, grads = clip(domain, dtype=torch.float64), []
+    d = discriminator(domain).double()
+    for on in (False, True):
+        d.backbone.checkpointing = on
+        x = x.detach().requires_grad_()
+        wanted = [x, *d.parameters()]
+        grads.append(torch.autograd.grad(adversarial_loss(d(x)), wanted))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-15) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_checkpointing_keeps_less_for_the_backward_pass(domain):
+    kept = []
+    for on in (False, True):
+        kept.append(0)
+
+        def keep(x):
+            kept[-1] += x.numel()
+            return x
+
+        d = discriminator(domain, checkpointing=on)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            d(clip(domain, t=4).requires_grad_())
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_five_types_one_after_the_other_give_the_gradients_of_one_batch(domain):
+    d, clips = discriminator(domain).double(), five_types(domain, torch.float64)
+    scores = d(torch.cat(list(clips.values())))
+    each = zip(*(x.chunk(5) for x in scores))
+    together = sum(discriminator_loss(Scores(*s), LABELS[name]) for name, s in zip(clips, each))
+    expected = torch.autograd.grad(together, list(d.parameters()))
+    for name, x in clips.items():
+        discriminator_loss(d(x), LABELS[name]).backward()
+    assert all(torch.allclose(p.grad, g, rtol=1e-8, atol=1e-14) for p, g in zip(d.parameters(), expected))
+
+
+# -------------------------------------------------------------------------------------------------- time
+
+
+def moving_square(order: list[int]) -> torch.Tensor:
+    """A bright square that moves by 8 pixels a frame from somewhere, its frames in the given order."""
+    frames, (y, x) = torch.full((len(order), 3, 64, 64), -1.0), torch.randint(0, 16, (2,)).tolist()
+    for i in range(len(order)):
+        frames[i, :, y : y + 16, x + 8 * i : x + 8 * i + 16] = 1
+    return frames[None, order]
+
+
+def consistency_gap(d: nn.Module, steps: int) -> torch.Tensor:
+    """After some steps on a toy: mean consistency score of a new clip minus that of its shuffled self."""
+    optimiser = torch.optim.Adam(d.parameters(), lr=3e-3)
+    for _ in range(steps):
+        ordered = moving_square([0, 1, 2, 3, 4])
+        for name, order in ("video", [0, 1, 2, 3, 4]), ("shuffled_video", [0, 3, 1, 4, 2]):
+            discriminator_loss(d(ordered[:, order]), LABELS[name]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    new = moving_square([0, 1, 2, 3, 4])
+    with torch.no_grad():
+        return d(new).consistency.mean() - d(new[:, [2, 0, 4, 1, 3]]).consistency.mean()
+
+
+class OneFrame(nn.Conv2d):
+    """Takes the place of the tail's temporal convolution and looks at no neighbour."""
+
+    def forward(self, x, memory):
+        return super().forward(x)
+
+
+def test_the_consistency_head_learns_to_tell_a_clip_from_its_shuffled_self():
+    assert consistency_gap(discriminator("pixel", heads=(8, 24), width=32), steps=80) > 1
+
+
+def test_a_head_that_sees_single_frames_cannot_tell_a_clip_from_its_shuffled_self():
+    d = discriminator("pixel", heads=(8, 24), width=32)
+    d.tail.conv2 = OneFrame(32, 32, 1)
+    assert consistency_gap(d, steps=80).abs() < 1e-4
+
+
+def test_maps_of_real_types_are_the_types_of_maps():
+    d = discriminator("pixel").double()
+    parts = {"video": clip("pixel", 2, 4), "random_images": clip("pixel", 2, 4), "image": clip("pixel", 2, 1)}
+    order = {"order": torch.tensor([[1, 0, 3, 2], [3, 1, 0, 2]])}
+    maps = {name: d.embed(x.double()) for name, x in parts.items()}
+    levels = [real_clips({k: level[i] for k, level in maps.items()} | order) for i in range(4)]
+    for name, x in real_clips(parts | order).items():
+        for expected, level in zip(d.embed(x.double()), levels, strict=True):
+            assert torch.allclose(level[name], expected, rtol=1e-9, atol=1e-12)
+    assert (levels[0]["image"] == levels[0]["image"][:, :1]).all()
+
+
+def test_the_feature_backbone_sees_time():
+    d = discriminator("feature").double()
+    d.tail.conv2 = OneFrame(16, 16, 1).double()  # the tail does not
+    x, order = clip("feature", dtype=torch.float64), [2, 0, 1]
+    assert not torch.allclose(d(x[:, order]).detail, d(x).detail[:, order], rtol=1e-3)
+
+
+def test_frames_pass_the_pixel_backbone_in_small_groups_with_the_same_result():
+    d, x = discriminator("pixel").double(), clip("pixel", 2, 5, dtype=torch.float64)
+    grouped, d.FRAMES = d.embed(x), 10
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(grouped, d.embed(x), strict=True))
+
+
+# --------------------------------------------------------------------------------------------- backbones
+
+
+@pytest.mark.parametrize(
+    ["name", "widths", "millions"],
+    [(BACKBONE, [384, 768, 1536, 3072], 843.4), ("convnext_base.clip_laion2b", [128, 256, 512, 1024], 87.6)],
+)
+def test_the_published_backbones_have_the_documented_widths_strides_and_sizes(name, widths, millions):
+    with torch.device("meta"):
+        net = convnext(name, pretrained=False)
+        assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+        maps = PixelDiscriminator(net).embed(torch.empty(1, 2, 3, 512, 512))
+        assert [x.shape for x in maps] == [
+            (1, 2, c, 512 // s, 512 // s) for c, s in zip(widths, (4, 8, 16, 32))
+        ]
+
+
+def test_both_full_size_discriminators_have_the_papers_grid_and_heads():
+    with torch.device("meta"):
+        pixel = PixelDiscriminator(convnext(pretrained=False))
+        feature = FeatureDiscriminator(AdcVSR(**PRESETS["full"]).unet)
+        for scores in pixel(torch.empty(1, 2, 3, 512, 512)), feature(torch.empty(1, 2, 256, 64, 64)):
+            assert [x.shape for x in scores] == [(1, 2, 192, 64, 64), (1, 2, 64, 64, 64)]
+    assert sum(p.numel() for p in feature.conv_in.parameters()) == 553_200
+
+
+def test_the_tiny_backbone_is_the_same_every_time_and_leaves_the_random_numbers_alone():
+    state = torch.random.get_rng_state()
+    first = convnext("tiny").state_dict()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert all(torch.equal(x, first[k]) for k, x in convnext("tiny").state_dict().items())
+
+
+def test_the_tiny_backbone_sees_edges_and_not_flat_colour():
+    d = discriminator("pixel").double()
+    black, red = torch.full((2, 1, 1, 3, 64, 64), -1.0, dtype=torch.float64)
+    red[:, :, 0] = 1
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(d.embed(black), d.embed(red)))
+    red[..., 32:] = -1
+    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(d.embed(black), d.embed(red)))
+
+
+def test_the_backbone_gets_clips_normalised_as_clip_wants_them():
+    d = discriminator("pixel")
+    seen = []
+    d.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = clip("pixel", t=1)
+    d.embed(x)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (discriminators.CLIP_MEAN, discriminators.CLIP_STD))
+    assert torch.allclose(seen[0], ((x[:, 0] + 1) / 2 - mean) / std, atol=1e-5)
+
+
+def test_every_map_has_mean_0_and_variance_1_over_the_channels_of_a_place():
+    for x in discriminator("pixel").double().embed(clip("pixel", 2, 2, dtype=torch.float64)):
+        mean, variance = x.mean(dim=2), x.var(dim=2, unbiased=False)
+        assert torch.allclose(mean, torch.zeros_like(mean), atol=1e-9)
+        assert torch.allclose(variance, torch.ones_like(variance), atol=0.05)
+
+
+def test_missing_weights_without_a_network_are_one_line_with_the_option_and_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="--backbone convnext_atto.d2_in1k: cannot load it from") as error:
+        PixelDiscriminator.from_pretrained("convnext_atto.d2_in1k")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_backbone_names_the_option():
+    with pytest.raises(UserError, match="--backbone convnext_huge"):
+        convnext("convnext_huge")
+
+
+@pytest.mark.parametrize("c_in", [256, 24, 12, 8])
+def test_the_new_first_convolution_reads_repeated_channels_as_the_old_one_reads_its_own(c_in):
+    old = nn.Conv2d(12, 16, 3, padding=1)
+    x = torch.randn(1, 12, 8, 8)
+    repeated = repeat(x, "b c h w -> b (r c) h w", r=22)[:, :c_in]
+    kernel = torch.stack([old.weight[:, i % 12] for i in range(c_in)], dim=1) * 12 / c_in
+    new = first_conv(old, c_in)(repeated)
+    assert torch.allclose(new, F.conv2d(repeated, kernel, old.bias, padding=1), atol=1e-5)
+    if c_in % 12 == 0:
+        assert torch.allclose(new, old(x), atol=1e-5)
+
+
+def test_the_feature_discriminator_starts_as_the_students_unet():
+    unet = small_unet()
+    d, seen = FeatureDiscriminator(unet, **NARROW), []
+    d.tail.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.randn(1, 3, 12, 8, 8)
+    d(repeat(x, "b t c h w -> b t (r c) h w", r=2))
+    expected = unet(rearrange(x, "b t c h w -> (b t) c h w"), Memory(batch=1))
+    assert torch.allclose(seen[0][0], expected, atol=1e-4)

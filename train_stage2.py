@@ -1,0 +1,411 @@
+"""Stage 2: two discriminators, two heads each, push the student to details and consistency (paper Sec. 3.3,
+Appendix A, Algorithm 1; Eq. 1-5).
+
+    clip_lr --student--> x_S --- L1, DISTS --- x_T                                          Eq. 2
+                 |        '-- D_pixel ---> softplus(-D)
+                 '-----> f_S --- L1 --- f_T                                                 Eq. 3
+                          '-- D_feature -> softplus(-D)
+    x_S, video, video*, image, image* and their features --> D_pixel, D_feature, labels --> Eq. 4, 5
+
+    torchrun --nproc_per_node=8 train_stage2.py                    the paper's recipe, after train_stage1.py
+    python train_stage2.py --preset smoke                          the whole path, a minute, no files
+
+The same command again resumes; Ctrl-C saves first; --dry-run says what it costs.
+"""
+
+import json
+from collections import Counter
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import discriminators as judges
+from data import fixed_clips, loader, micro_batches, on_device, real_clips
+from discriminators import adversarial_loss, discriminator_loss, labels, mean_scores
+from metrics import DISTS, dists_loss, validate
+from model import SCALE, AdcVSR
+from runtime import (
+    Log,
+    Meter,
+    StopSignal,
+    UserError,
+    World,
+    count_flops,
+    init_world,
+    load_training_state,
+    newest_checkpoint,
+    parse_config,
+    peak_memory,
+    print_cost,
+    run,
+    save_checkpoint,
+    setting,
+)
+from teacher import load_encoder, load_teacher, training_clips
+
+# ------------------------------------------------------------------------------------------------------
+# Config: the defaults are the paper's
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = setting("runs/stage1", "stage 1's checkpoint, or the folder of them: the newest")
+    domains: tuple[str, ...] = setting(("pixel", "feature"), "where discriminators judge (Table 3)")
+    heads: tuple[int, ...] = setting(judges.HEADS, "channels for detail and for consistency (Table 6)")
+    separate: bool = setting(False, "a discriminator for each head, which collapses (Appendix B)")
+    labels: str = setting("full", f"the labels: {', '.join(judges.LABEL_TABLES)} (Tables 3, 7)")
+    real_video: str = setting("data", "what counts as real video: data, or the teacher's (Table 7)")
+    backbone: str = setting(judges.BACKBONE, "ConvNeXt of the pixel discriminator: a timm name, or tiny")
+    adcsr: tuple[str, ...] = setting((), "AdcSR's two files; as the next four, stage 1's unless given")
+    teacher: str = setting("", "a DOVE folder, gt (HR itself), or a folder of another's results (Table 4)")
+    prompt_embedding: str = setting("", "DOVE's empty prompt, where it is not beside the DOVE folder")
+    teacher_cache: str = setting("", "clips and teacher videos made before by teacher.py")
+    vae: str = setting("", "SD2.1's VAE, for the feature targets: a folder, a hub id, or seeded")
+    trust_pickle: bool = setting(False, "allow Python objects in AdcSR's files")
+    dists: str = setting("pretrained", "DISTS: pretrained, seeded (no download) or none")
+    videos: str = setting("datasets/videos", "training videos: a folder, a list file, OpenVid-1M's CSV")
+    images: str = setting("datasets/images", "training photos: a folder, a list file")
+    procedural: float = setting(0.0, "share of clips from the procedural world")
+    degradation: str = setting("realbasicvsr", "realbasicvsr or dove")
+    sharpen: bool = setting(False, "unsharp-masked HR, as RealBasicVSR trains with")
+    stride: int = setting(1, "source frames from one frame of a clip to the next")
+    frames: int = setting(25, "clip length t                                     Paper: Sec. 4.1")
+    size: int = setting(512, "side of the HR crop in pixels                      Paper: Sec. 4.1")
+    batch: int = setting(8, "clips a step, over all processes                    Paper: Sec. 4.1")
+    micro_batch: int = setting(1, "clips at a time through a process's networks, gradients accumulated")
+    pool: int = setting(0, "clips made once, of which the batches are random pieces; 0: every clip new")
+    pool_frames: int = setting(12, "frames of a clip in the pool")
+    pool_size: int = setting(256, "side of a clip in the pool")
+    overfit: int = setting(0, "train on this many clips again and again, to see the loss fall; 0: off")
+    steps: int = setting(200_000, "optimiser steps                               Paper: Sec. 4.1")
+    lr: float = setting(1e-5, "Adam's learning rate                              Paper: Sec. 4.1")
+    halve_at: tuple[int, ...] = setting((100_000,), "steps after which it halves  Paper: Sec. 4.1")
+    lr_disc: float = setting(1e-7, "the discriminators' learning rate, constant  Paper: Sec. 4.1")
+    lambda_pixel: float = setting(0.1, "weight of the pixel losses               Paper: Eq. 1")
+    lambda_feature: float = setting(1.0, "weight of the feature losses           Paper: Eq. 1")
+    lambda_adv: float = setting(1.0, "weight of the adversarial losses in both   Paper: Eq. 2, 3")
+    seed: int = setting(0, "seed of the initial weights and of the data")
+    checkpointing: bool = setting(True, "recompute activations in the backward pass to save memory")
+    compile: bool = setting(False, "torch.compile each UNet block")
+    out: str = setting("runs/stage2", "folder of checkpoints, log and pictures")
+    save_every: int = setting(1000, "steps between checkpoints")
+    keep: int = setting(3, "checkpoints kept")
+    log_every: int = setting(10, "steps between two lines of the log")
+    validate_every: int = setting(1000, "steps between validations, with pictures, on held-out clips")
+    validation_clips: int = setting(8, "held-out clips looked at")
+    workers: int = setting(8, "processes that load data, for each training process")
+    dry_run: bool = setting(False, "build everything, do one step, say what training costs, and stop")
+
+
+MAY_CHANGE = frozenset(  # settings that a resumed run may change: they leave the weights as they are
+    """steps out save_every keep log_every validate_every validation_clips workers checkpointing compile
+    dry_run trust_pickle""".split()
+)
+INHERITED = ("adcsr", "teacher", "prompt_embedding", "teacher_cache", "vae")  # of stage 1, unless given
+
+# Choice: tiny's recipe is ours. 1e-7 would move discriminators that start from nothing by next to nothing.
+TINY = Config(
+    domains=("pixel",), backbone="tiny", teacher="gt", dists="none", lambda_feature=0.0, procedural=0.1,
+    frames=6, size=192, batch=3, micro_batch=1, pool=400, steps=2000, halve_at=(1000,), lr_disc=1e-4,
+    checkpointing=False, save_every=200, validate_every=200, workers=2,
+)  # fmt: skip
+PRESETS = {
+    "full": Config(),
+    "24gb": Config(backbone="convnext_base.clip_laion2b", teacher_cache="cache"),
+    "tiny": TINY,
+    "smoke": replace(
+        TINY, init="runs/smoke/stage1", domains=("pixel", "feature"), vae="seeded", dists="seeded",
+        lambda_feature=1.0, procedural=1.0, frames=4, size=64, batch=2, pool=0, steps=6, halve_at=(),
+        checkpointing=True, out="runs/smoke/stage2", save_every=3, log_every=2, validate_every=6,
+        validation_clips=2, workers=0,
+    ),
+}  # fmt: skip
+SEPARATION, PATIENCE = 4.0, 500  # mean real minus mean fake score, steps: a discriminator that has won
+
+# ------------------------------------------------------------------------------------------------------
+# One step
+
+
+def train_step(
+    batch, student, teacher, encoder, dists, discriminators, optimisers, world, cfg
+) -> dict[str, Tensor]:
+    """One update of the student and one of the discriminators. Paper: Algorithm 1, stage 2; Eq. 1-5.
+
+    batch: micro-batches of clips: lr (b t 3 h w), hr, perhaps target, and what `real_clips` takes;
+    teacher: x_L -> x_T; encoder: x -> f; dists: (x, x) -> (); discriminators: name -> D, see `domain`;
+    optimisers: the student's, the discriminators'. Returns losses and scores by name.
+    """
+    totals: dict[str, Tensor] = {}
+    for optimiser in optimisers:
+        optimiser.zero_grad(set_to_none=True)
+    for clips in batch:
+        clips = on_device(clips, world.device)
+        # The student's step: judged by discriminators that hold still.
+        discriminators.requires_grad_(False)
+        with torch.autocast(world.device.type, torch.bfloat16):
+            x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
+            f_t = encoder(x_t) if encoder else None
+            x_s, f_s = student(clips["lr"], return_features=True)
+            fake = {
+                name: d.embed({"pixel": x_s, "feature": f_s}[domain(name)])
+                for name, d in discriminators.items()
+            }
+
+            pixel = F.l1_loss(x_s, x_t)  # Paper: Eq. 2
+            perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
+            feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)  # Paper: Eq. 3
+            adv = {"pixel": 0.0, "feature": 0.0}
+            for name, d in discriminators.items():
+                adv[domain(name)] += adversarial_loss(d.judge(fake[name]))
+            loss = cfg.lambda_pixel * (pixel + perceptual + cfg.lambda_adv * adv["pixel"])  # Paper: Eq. 1
+            loss = loss + cfg.lambda_feature * (feature + cfg.lambda_adv * adv["feature"])
+        (loss / len(batch)).backward()
+        losses = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
+        losses |= {f"adv_{name}": value for name, value in adv.items() if torch.is_tensor(value)}
+        # The discriminators' step, on the student as it was: five types of clip, one after the other.
+        discriminators.requires_grad_(True)
+        if cfg.real_video == "teacher":
+            clips["video"] = x_t  # Paper: Table 7
+        for name, d in discriminators.items():
+            asked = labels(cfg.labels, d.tail.split)
+            for kind, maps in clip_types(d, domain(name), fake[name], clips, encoder, world.device).items():
+                if kind in asked:
+                    with torch.autocast(world.device.type, torch.bfloat16):
+                        scores = d.judge(maps)
+                        disc = discriminator_loss(scores, asked[kind])  # Paper: Eq. 4
+                    (disc / len(batch)).backward()
+                    losses[f"disc_{name}"] = losses.get(f"disc_{name}", 0) + disc.detach()
+                    losses |= {f"{name}/{kind}/{head}": x for head, x in mean_scores(scores).items()}
+        totals = {name: totals.get(name, 0) + value.detach() / len(batch) for name, value in losses.items()}
+    world.average_gradients([*student.parameters(), *discriminators.parameters()])
+    for optimiser in optimisers:
+        optimiser.step()
+    return totals
+
+
+def domain(name: str) -> str:
+    """pixel or feature, of a discriminator's name: these, or with --separate pixel_detail and so on."""
+    return name.partition("_")[0]
+
+
+@torch.no_grad()
+def clip_types(d, where: str, student: list[Tensor], clips, encoder, device) -> dict[str, list[Tensor]]:
+    """What discriminator d embeds of the five types of clip of Eq. 5, each real frame embedded once."""
+    see = encoder if where == "feature" else (lambda x: x)
+    with torch.autocast(device.type, torch.bfloat16):
+        maps = {kind: d.embed(see(clips[kind])) for kind in ("video", "image", "random_images")}
+    levels = [
+        real_clips({"order": clips["order"], **dict(zip(maps, level))}) for level in zip(*maps.values())
+    ]
+    real = {kind: [level[kind] for level in levels] for kind in levels[0]}
+    return {"student": [x.detach() for x in student], **real}
+
+
+def learning_rate(step: int, cfg: Config) -> float:
+    """The student's rate for update number `step` (from 1): halved after each of the steps `halve_at`."""
+    return cfg.lr * 0.5 ** sum(step > at for at in cfg.halve_at)
+
+
+def print_scores(means: dict[str, float], discriminators) -> None:
+    """Mean score, detail / consistency, of each type of clip: which head of which discriminator wins."""
+    for name in discriminators if means else ():
+        scores = {
+            kind: "/".join(
+                f"{means[key]:+.2f}"
+                for head in ("detail", "consistency")
+                if (key := f"{name}/{kind}/{head}") in means
+            )
+            for kind in judges.LABELS
+        }
+        print(
+            f"  D_{name}: " + "  ".join(f"{kind} {score}" for kind, score in scores.items() if score),
+            flush=True,
+        )
+
+
+class Separation:
+    """Warns where a discriminator has won: its real clips stay far above its fake ones, for many steps."""
+
+    def __init__(self):
+        self.steps: Counter[str] = Counter()  # for each head, steps in a row
+
+    def step(self, step: int, scores: dict[str, Tensor]) -> None:
+        sides: dict[str, tuple[list, list]] = {}
+        for key in (key for key in scores if key.count("/") == 2):
+            name, kind, head = key.split("/")
+            label = judges.LABELS[kind][head == "consistency"]
+            if label:
+                sides.setdefault(f"{name} {head}", ([], []))[label < 0].append(scores[key])
+        for head, (real, fake) in sides.items():
+            gap = sum(real) / max(1, len(real)) - sum(fake) / max(1, len(fake))
+            self.steps[head] = self.steps[head] + 1 if gap > SEPARATION else 0
+            if self.steps[head] == PATIENCE:
+                print(
+                    f"step {step}: real and fake are {gap:.1f} apart for {PATIENCE} steps: {head} is winning",
+                    end="",
+                )
+                print("; try half of --lr-disc", flush=True)
+                self.steps[head] = 0
+
+
+# ------------------------------------------------------------------------------------------------------
+# The run
+
+
+def stage_one(cfg: Config) -> Config:
+    """cfg with `init` the checkpoint itself, and what it does not set as that checkpoint's run had it."""
+    folder = newest_checkpoint(cfg.init) or Path(cfg.init)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"{cfg.init}: no checkpoint of stage 1. Run train_stage1.py first, or name one with --init."
+        )
+    state = folder / "train.pt"
+    recorded = torch.load(state, map_location="cpu", weights_only=True)["config"] if state.is_file() else {}
+    known = {k: recorded[k] for k in INHERITED if not getattr(cfg, k) and recorded.get(k)}
+    cfg = replace(
+        cfg, init=str(folder), **{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
+    )
+    if not cfg.teacher:
+        raise UserError(f"{folder} does not say which teacher it had: name one with --teacher")
+    return replace(cfg, domains=()) if not cfg.lambda_adv else cfg
+
+
+def new_discriminators(cfg: Config, student: AdcVSR) -> nn.ModuleDict:
+    """name -> discriminator, by domain; with --separate one for each head, which collapses (Appendix B)."""
+    if cfg.separate:
+        heads = {"_detail": (judges.WIDTH, 0), "_consistency": (0, judges.WIDTH)}
+    else:
+        heads = {"": cfg.heads}
+    discriminators = nn.ModuleDict()
+    for where in cfg.domains:
+        for suffix, split in heads.items():
+            if where == "pixel":
+                d = judges.PixelDiscriminator.from_pretrained(
+                    cfg.backbone, heads=split, checkpointing=cfg.checkpointing
+                )
+            elif where == "feature" and cfg.lambda_feature:
+                d = judges.FeatureDiscriminator(student.unet, heads=split, checkpointing=cfg.checkpointing)
+            else:
+                raise UserError(f"--domains {where}: give pixel, or feature with a --lambda-feature above 0")
+            discriminators[where + suffix] = d
+    return discriminators
+
+
+def cost(cfg: Config, student, encoder, dists, discriminators) -> float:
+    """TFLOP for a clip and step: `train_step` itself on shapes alone, two frames of them; the teacher's not
+    counted."""
+    student, encoder, dists, discriminators = (
+        net and deepcopy(net).to("meta") for net in (student, encoder, dists, discriminators)
+    )
+    shape = (1, 2, 3, cfg.size, cfg.size)
+    clips = {k: torch.empty(shape, device="meta") for k in ("hr", "video", "random_images")}
+    clips["lr"] = torch.empty(*shape[:3], cfg.size // SCALE, cfg.size // SCALE, device="meta")
+    clips |= {"image": clips["hr"][:, :1], "order": torch.tensor([[1, 0]])}
+    return (
+        cfg.frames
+        / 2
+        * count_flops(
+            lambda: train_step(
+                [clips],
+                student,
+                None,
+                encoder,
+                dists,
+                discriminators,
+                (),
+                World(0, 1, torch.device("cpu")),
+                cfg,
+            )
+        )
+    )
+
+
+def main(cfg: Config) -> None:
+    # world
+    world = init_world()
+    torch.manual_seed(cfg.seed)  # the same initial weights on every rank
+    # networks
+    cfg = stage_one(cfg)
+    student = AdcVSR.from_pretrained(cfg.init)
+    student.unet.checkpointing = cfg.checkpointing
+    encoder = load_encoder(cfg, student)
+    dists = {"none": lambda: None, "seeded": DISTS.seeded, "pretrained": DISTS.from_pretrained}[cfg.dists]()
+    teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, cfg.prompt_embedding, world.device)
+    discriminators = new_discriminators(cfg, student)  # with the UNet of stage 1
+    if cfg.dry_run and world.is_main:
+        nets = {"student": student, "encoder": encoder, "dists": dists, "discriminators": discriminators}
+        print_cost(nets, cost(cfg, *nets.values()), cfg.batch * cfg.steps, world.size)
+    student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
+    discriminators.to(world.device)
+    # PyTorch's normalisation of wide frames with few channels is ten times slower in channels-last on a CPU.
+    (student if world.device.type == "cuda" else student.unet).to(memory_format=torch.channels_last)
+    if cfg.compile:
+        for block in (*student.unet.down_blocks, student.unet.mid_block, *student.unet.up_blocks):
+            block.compile()
+    # optimisers
+    optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
+    optimiser_disc = torch.optim.Adam([{"params": discriminators.parameters()}], lr=cfg.lr_disc)
+    # data
+    clips = training_clips(cfg, real_types=True)
+    held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, cfg.validation_clips)
+    # resume
+    out, step = Path(cfg.out), 0
+    if folder := newest_checkpoint(out):
+        state = load_training_state(folder, cfg, MAY_CHANGE)
+        student.load_state_dict(AdcVSR.from_pretrained(folder).state_dict())
+        discriminators.load_state_dict(state["discriminators"])
+        optimiser.load_state_dict(state["optimiser"])
+        optimiser_disc.load_state_dict(state["optimiser_disc"])
+        step = state["step"]
+
+    def write(folder: Path) -> None:
+        student.save_pretrained(folder)
+        state = {"optimiser": optimiser, "optimiser_disc": optimiser_disc, "discriminators": discriminators}
+        state = {name: of.state_dict() for name, of in state.items()}
+        torch.save(
+            {"step": step, "config": json.loads(json.dumps(asdict(cfg))), **state}, folder / "train.pt"
+        )
+
+    # loop
+    log, stop = Log(out, world.is_main and not cfg.dry_run), StopSignal()
+    meter, watch = Meter(world, log, cfg.log_every, cfg.steps), Separation()
+    if world.is_main:
+        print(f"{world.size} x {world.device} | at step {step} of {cfg.steps} | {out} | from {cfg.init}")
+    source = loader(clips, step, cfg.steps, world.rank, world.size, cfg.batch, cfg.workers, cfg.overfit)
+    for batch in meter.timed(source):
+        step += 1
+        torch.manual_seed(hash((cfg.seed, step, world.rank)))  # a resumed run draws what it would have drawn
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, cfg)
+        parts, optimisers = micro_batches(batch, cfg.micro_batch), (optimiser, optimiser_disc)
+        losses = train_step(parts, student, teacher, encoder, dists, discriminators, optimisers, world, cfg)
+        if cfg.dry_run:
+            shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
+            return print(f"one step: {shown}; peak memory {peak_memory():.1f} GB")
+        means = meter.step(step, losses, lr=learning_rate(step, cfg))
+        if world.is_main:
+            watch.step(step, losses)
+            print_scores(means, discriminators)
+
+        if world.is_main and (step % cfg.validate_every == 0 or step == cfg.steps):
+            scores = validate(student, teacher, held_out, out / "pictures", step)
+            log.write(step, **scores)
+            print(f"step {step}: student {scores['psnr']:.3f} dB, bicubic {scores['psnr_bicubic']:.3f} dB")
+        stopping = world.any(stop.set)  # asked of one process, done by all
+        if step % cfg.save_every == 0 or step == cfg.steps or stopping:
+            trained = [*student.parameters(), *discriminators.parameters()]
+            if not all(p.isfinite().all() for p in trained):  # the losses were, before the update
+                raise UserError(f"step {step}: the weights are not finite; the last checkpoint is kept")
+            if world.is_main:
+                save_checkpoint(out, step, write, cfg.keep)
+        world.barrier()
+        if stopping:
+            break
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_config(PRESETS, __doc__)))
