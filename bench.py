@@ -1,4 +1,4 @@
-"""All benchmarks: `python bench.py quality`, or long, memory, infer, degrade, data, metrics: each a table.
+"""All benchmarks, each a table: `python bench.py quality`, or another of `WORK`.
 
 Times are of this machine at this moment: compare rows of one run, not rows of two machines.
 """
@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-from runtime import UserError, run
+from runtime import UserError, World, count_flops, peak_memory, run
 
 ROOT = Path(__file__).parent
+WORK = "quality long memory infer degrade data metrics train1 train2".split()
 SIZES = ((128, 96), (320, 240), (640, 360))  # LR width and height
 
 
@@ -261,9 +265,96 @@ def bench_metrics(frames: int = 25, size: int = 512) -> None:
             print(f"{name:12} {frames / seconds(judge, 1):8.1f} frames/s", flush=True)
 
 
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors on "meta" would have held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, lambda x: self.born(x.untyped_storage()), result)
+        return result
+
+    def born(self, storage) -> None:
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, key: int) -> None:
+        self.now -= self.live.pop(key)
+
+
+def bench_train(stage: int, frames: int = 25, size: int = 512) -> None:
+    """One update at full size on a clip, at random weights: seconds and peak memory on a GPU; elsewhere its
+    operations and an estimate of the memory, counted on shapes alone. The teacher is left out: a cache.
+    """
+    from diffusers import AutoencoderKL
+
+    import train_stage1
+    import train_stage2
+    from discriminators import FeatureDiscriminator, PixelDiscriminator, convnext
+    from metrics import DISTS
+    from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock
+    from teacher import FeatureEncoder
+
+    train = train_stage1 if stage == 1 else train_stage2
+    on_gpu, cfg = torch.cuda.is_available(), train.Config()
+    device, dtype = ("cuda", torch.float32) if on_gpu else ("meta", torch.bfloat16)
+    with torch.device(device):
+        student = AdcVSR(**PRESETS["full"])
+        student.unet.checkpointing = True
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+        )  # fmt: skip
+        mid_block = DecoderMidBlock(256, student.config)
+        encoder = FeatureEncoder(vae, torch.nn.Conv2d(4, 256, 3, padding=1), mid_block)
+        discriminators = torch.nn.ModuleDict()
+        if stage == 2:
+            discriminators["pixel"] = PixelDiscriminator(convnext(pretrained=False), checkpointing=True)
+            discriminators["feature"] = FeatureDiscriminator(student.unet, checkpointing=True)
+    frozen, learned = (encoder, DISTS()), (student, discriminators)
+    encoder, dists, student, discriminators = (net.to(device, dtype) for net in frozen + learned)
+
+    clips = {k: torch.rand(1, frames, 3, size, size, device=device, dtype=dtype) for k in ("hr", "video")}
+    clips["lr"] = clips["hr"][..., : size // SCALE, : size // SCALE]
+    clips |= {"image": clips["hr"][:, :1], "random_images": clips["video"]}
+    clips["order"] = torch.arange(frames)[None].flip(1)
+    optimisers = [torch.optim.Adam([{"params": net.parameters()}], lr=1e-7) for net in learned]
+    world = World(0, 1, torch.device("cuda" if on_gpu else "cpu"))
+
+    def step() -> None:
+        if stage == 1:
+            train.train_step([clips], student, None, encoder, dists, optimisers[0], world, cfg)
+        else:
+            train.train_step([clips], student, None, encoder, dists, discriminators, optimisers, world, cfg)
+
+    print(f"stage {stage}, one clip of {frames}x{size}x{size}, {machine()}")
+    if on_gpu:
+        print(f"{seconds(step, 3):.2f} s/step, peak {peak_memory():.1f} GB")
+        return
+    optimisers = [torch.optim.SGD([{"params": net.parameters()}], lr=0.0) for net in learned]
+    tflop, attention = count_flops(step), F.scaled_dot_product_attention
+    # Stands in for a GPU's fused attention, which keeps four tensors of this size and no table of all pairs.
+    F.scaled_dot_product_attention = lambda q, k, v, **_: q * k * v
+    with PeakMemory() as memory:
+        step()
+    F.scaled_dot_product_attention = attention
+    trained = sum(p.numel() for net in learned for p in net.parameters())
+    held = sum(x.numel() for net in (*learned, *frozen) for x in (*net.parameters(), *net.buffers()))
+    states = (16 * trained + 4 * (held - trained)) / 1e9  # float32: weights, gradients, Adam's two moments
+    print(f"{tflop:.1f} TFLOP; weights, gradients and Adam {states:.1f} GB, ", end="")
+    print(f"activations in bfloat16 at most {memory.peak / 1e9:.1f} GB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("quality", "long", "memory", "infer", "degrade", "data", "metrics"))
+    parser.add_argument("what", choices=WORK)
     parser.add_argument("--videos", default="datasets/videos", help="for quality and data")
     parser.add_argument("--images", default="datasets/images", help="for quality and data")
     parser.add_argument("--weights", default=str(ROOT / "weights" / "tiny"), help="for quality")
@@ -277,6 +368,8 @@ def main() -> None:
         "degrade": bench_degrade,
         "data": lambda: bench_data(args.videos, args.images),
         "metrics": bench_metrics,
+        "train1": lambda: bench_train(1),
+        "train2": lambda: bench_train(2),
     }
     work[args.what]()
 

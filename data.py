@@ -331,16 +331,16 @@ def loader(clips, first: int, last: int, rank: int, world: int, batch: int, work
     return torch.utils.data.DataLoader(clips, batch_sampler=steps, num_workers=workers, pin_memory=pinned)
 
 
-def micro_batches(batch: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """A batch cut into parts of `size` clips; `skipped` is left out."""
-    parts = {name: clips.split(size) for name, clips in batch.items() if name != "skipped"}
-    return [dict(zip(parts, clips)) for clips in zip(*parts.values())]
+def micro_batches(batch: dict[str, Tensor], size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """A batch cut into parts of `size` clips, on the device; `skipped` is left out."""
+    names = [name for name in batch if name != "skipped"]
+    parts = zip(*(batch[name].to(device, non_blocking=True).split(size) for name in names))
+    return [dict(zip(names, clips)) for clips in parts]
 
 
-def on_device(clips: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """All on the device, and frames (uint8) in the networks' range [-1, 1]."""
-    moved = {name: x.to(device, non_blocking=True) for name, x in clips.items()}
-    return {name: to_network(x) if x.dtype == torch.uint8 else x for name, x in moved.items()}
+def to_inputs(clips: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Frames (uint8) in the networks' range [-1, 1], anything else as it is."""
+    return {name: to_network(x) if x.dtype == torch.uint8 else x for name, x in clips.items()}
 
 
 def validation_clips(videos: Place, images: Place, frames: int = 25, size: int = 256) -> Iterator[tuple]:

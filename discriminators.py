@@ -50,7 +50,7 @@ SLOPE = 0.2  # Choice: of the leaky ReLU, as in HYPIR, whose ConvNeXt this is
 BACKBONE = "convnext_xxlarge.clip_laion2b_soup"  # OpenCLIP's laion2b_s34b_b82k_augreg_soup, in timm
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]                      OpenCLIP
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-EPSILON = 1e-2  # Choice: of normalisations; flat areas, real ones rounded to 8 bits, are not amplified
+EPSILON = 1e-2  # Choice: of normalisations; the rounding in flat areas is amplified less than with 1e-6
 
 
 class Scores(NamedTuple):

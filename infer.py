@@ -229,6 +229,7 @@ class Job:
         self.output = folder / default.name if folder else args.output or default
         if self.output.resolve() == reader.path.resolve():
             raise UserError(f"{reader.path}: the output would replace the input. Choose another -o.")
+        self.suffix = self.output.suffix.lower()
         side = PROTOCOL_SIDE * args.downscale if args.protocol else sys.maxsize
         self.size = w, _ = [min(n, side) // args.downscale for n in (reader.width, reader.height)]
         self.targets = {self.output: SCALE * w}
@@ -237,7 +238,7 @@ class Job:
         for target in self.targets:  # refuse what cannot be written before anything is computed
             Output(target).remove_partial()
         self.total = self.expected_frames()
-        if self.output.suffix == ".png" and (self.total or 1) > 1:
+        if self.suffix == ".png" and (self.total or 1) > 1:
             raise UserError(f"{self.output}: a .png holds one frame. Give a video, or a folder for PNGs.")
         self.parts, self.done = self.output.with_name(f"{self.output.name}.parts"), 0
         while not args.fresh and all(self.segment(target, self.done).exists() for target in self.targets):
@@ -253,7 +254,7 @@ class Job:
 
     def segment(self, target: Path, k: int) -> Path:
         """Segment k of a target: an .mp4, whose clock is exact, a folder of PNGs, or the one PNG."""
-        suffix = ".mp4" if target.suffix in VIDEO_FORMATS else target.suffix
+        suffix = ".mp4" if self.suffix in VIDEO_FORMATS else self.suffix
         return self.parts / f"{k:06d}{'' if target == self.output else '_compare'}{suffix}"
 
     def print_plan(self, net: AdcVSR) -> None:
@@ -263,7 +264,7 @@ class Job:
         rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
         queues, lag = (0, args.window - 1) if args.window else (net.queue_bytes(h, w) / 2**30, net.lag)
         pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
-        disk = pixels * BYTES["video" if output.suffix in VIDEO_FORMATS else "png"] / 2**30
+        disk = pixels * BYTES["video" if self.suffix in VIDEO_FORMATS else "png"] / 2**30
         print(
             f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
             f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, {self.done} done; "
@@ -286,7 +287,7 @@ class Job:
         if self.args.fresh:
             shutil.rmtree(self.parts, ignore_errors=True)
         if file.is_file():
-            made = json.loads(file.read_text())
+            made = json.loads(file.read_text() or "{}")  # empty after a power cut
             if changed := [k for k in plan if made.get(k) != plan[k]]:
                 way_out = "Use --fresh to start again, or another -o."
                 raise UserError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
@@ -351,7 +352,7 @@ class Job:
         notes = self.reader.notes
         for target in self.targets:
             segments = [self.segment(target, k) for k in range(len(starts))]
-            if target.suffix == ".png":
+            if self.suffix == ".png":
                 os.replace(segments[0], target)
             else:
                 to_end = self.args.duration is None

@@ -28,6 +28,7 @@ from runtime import UserError
 
 SCALE = 4  # output size over input size
 UNSHUFFLE = 2  # pixel-unshuffle factor: the UNet works at half the LR size          AdcSR Sec. 3.2
+LATENTS = 4  # channels of SD2.1's latents
 KEEP = 0.75  # share of SD2.1's UNet channels that is kept                          AdcSR Sec. 3.2
 GROUPS = (32, 24, 16, 12, 8, 6, 4, 2, 1)  # GroupNorm: the first that divides the kept channels    AdcSR
 
@@ -185,10 +186,7 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
         if not memory.whole_clip:
-            raise UserError(
-                "temporal attention sees the whole clip and cannot stream; take a network with "
-                "temporal convolutions (temporal_kind conv or double), or short clips and forward()"
-            )
+            raise UserError("temporal attention sees the whole clip and cannot stream: infer.py --window 25")
         h, w = x.shape[-2:]
         y = self.qkv(self.norm(rearrange(x, "(b t) c h w -> (b h w) t c", b=memory.batch)))
         q, k, v = rearrange(y, "n t (three m d) -> three n m t d", three=3, m=self.heads)
@@ -672,14 +670,9 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         theirs = {a + k.removeprefix(o): k for o, a in names.items() for k in own if k.startswith(o)}
         check(net_params, state, {k: own[ours].shape for k, ours in theirs.items()})
 
-        tail = read_pickle(half_decoder, trust_pickle)
-        tail = {k: v for k, v in tail.get("state_dict", tail).items() if k.startswith("decoder.")}
-        width = net.unet.conv_out.out_channels  # the decoder's first convolution is in the file, but not used
-        shapes = {"decoder.conv_in.weight": (width, 4, 3, 3), "decoder.conv_in.bias": (width,)}
-        check(half_decoder, tail, shapes | {k: v.shape for k, v in own.items() if k.startswith("decoder.")})
-
         # The mid block is net_params', which trained it; halfDecoder.ckpt has the frozen original.
-        tail = {k: v for k, v in tail.items() if k in own}
+        tail = read_half_decoder(half_decoder, net.decoder, trust_pickle)
+        tail = {f"decoder.{k}": v for k, v in tail.items() if f"decoder.{k}" in own}
         net.load_state_dict(net.state_dict() | tail | {ours: state[k] for k, ours in theirs.items()})
         return net
 
@@ -748,6 +741,18 @@ def read_pickle(path: str | Path, trust: bool) -> dict:
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights.")
     return state
+
+
+def read_half_decoder(path: str | Path, decoder: HalfDecoder, trust: bool) -> dict[str, Tensor]:
+    """AdcSR's `halfDecoder.ckpt`, checked against `decoder`: its weights, and those of the first convolution,
+    which it does not have. Raises `WeightsError`."""
+    state = read_pickle(path, trust)
+    state = {k: v for k, v in state.get("state_dict", state).items() if k.startswith("decoder.")}
+    width = decoder.mid_block.resnets[0].conv1.in_channels
+    shapes = {"conv_in.weight": (width, LATENTS, 3, 3), "conv_in.bias": (width,)}
+    shapes |= {k: v.shape for k, v in decoder.state_dict().items()}
+    check(path, state, {f"decoder.{k}": shape for k, shape in shapes.items()})
+    return {k.removeprefix("decoder."): v for k, v in state.items()}
 
 
 def check(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:

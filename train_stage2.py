@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import discriminators as judges
-from data import fixed_clips, loader, micro_batches, on_device, real_clips
+from data import fixed_clips, loader, micro_batches, real_clips, to_inputs
 from discriminators import adversarial_loss, discriminator_loss, labels, mean_scores
 from metrics import DISTS, dists_loss, validate
 from model import SCALE, AdcVSR
@@ -143,7 +143,7 @@ def train_step(
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
     for clips in batch:
-        clips = on_device(clips, world.device)
+        clips = to_inputs(clips)
         # The student's step: judged by discriminators that hold still.
         discriminators.requires_grad_(False)
         with torch.autocast(world.device.type, torch.bfloat16):
@@ -230,14 +230,15 @@ def print_scores(means: dict[str, float], discriminators) -> None:
 class Separation:
     """Warns where a discriminator has won: its real clips stay far above its fake ones, for many steps."""
 
-    def __init__(self):
+    def __init__(self, table: str):
+        self.labels = judges.LABEL_TABLES[table]
         self.steps: Counter[str] = Counter()  # for each head, steps in a row
 
     def step(self, step: int, scores: dict[str, Tensor]) -> None:
         sides: dict[str, tuple[list, list]] = {}
         for key in (key for key in scores if key.count("/") == 2):
             name, kind, head = key.split("/")
-            label = judges.LABELS[kind][head == "consistency"]
+            label = self.labels.get(kind, (0, 0))[head == "consistency"]
             if label:
                 sides.setdefault(f"{name} {head}", ([], []))[label < 0].append(scores[key])
         for head, (real, fake) in sides.items():
@@ -271,6 +272,8 @@ def stage_one(cfg: Config) -> Config:
     )
     if not cfg.teacher:
         raise UserError(f"{folder} does not say which teacher it had: name one with --teacher")
+    if cfg.real_video not in ("data", "teacher"):
+        raise UserError(f"--real-video {cfg.real_video}: give data or teacher")
     return replace(cfg, domains=()) if not cfg.lambda_adv else cfg
 
 
@@ -280,7 +283,7 @@ def new_discriminators(cfg: Config, student: AdcVSR) -> nn.ModuleDict:
         heads = {"_detail": (judges.WIDTH, 0), "_consistency": (0, judges.WIDTH)}
     else:
         heads = {"": cfg.heads}
-    discriminators = nn.ModuleDict()
+    discriminators, _ = nn.ModuleDict(), labels(cfg.labels)  # an unknown table is refused here
     for where in cfg.domains:
         for suffix, split in heads.items():
             if where == "pixel":
@@ -372,7 +375,7 @@ def main(cfg: Config) -> None:
 
     # loop
     log, stop = Log(out, world.is_main and not cfg.dry_run), StopSignal()
-    meter, watch = Meter(world, log, cfg.log_every, cfg.steps), Separation()
+    meter, watch = Meter(world, log, cfg.log_every, cfg.steps), Separation(cfg.labels)
     if world.is_main:
         print(f"{world.size} x {world.device} | at step {step} of {cfg.steps} | {out} | from {cfg.init}")
     source = loader(clips, step, cfg.steps, world.rank, world.size, cfg.batch, cfg.workers, cfg.overfit)
@@ -381,7 +384,7 @@ def main(cfg: Config) -> None:
         torch.manual_seed(hash((cfg.seed, step, world.rank)))  # a resumed run draws what it would have drawn
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        parts, optimisers = micro_batches(batch, cfg.micro_batch), (optimiser, optimiser_disc)
+        parts, optimisers = micro_batches(batch, cfg.micro_batch, world.device), (optimiser, optimiser_disc)
         losses = train_step(parts, student, teacher, encoder, dists, discriminators, optimisers, world, cfg)
         if cfg.dry_run:
             shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())

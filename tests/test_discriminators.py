@@ -382,13 +382,13 @@ def test_the_tiny_backbone_is_the_same_every_time_and_leaves_the_random_numbers_
     assert all(torch.equal(x, first[k]) for k, x in convnext("tiny").state_dict().items())
 
 
-def test_the_tiny_backbone_sees_edges_and_not_flat_colour():
+def test_the_fine_maps_of_the_tiny_backbone_show_edges_and_not_flat_colour():
     d = discriminator("pixel").double()
     black, red = torch.full((2, 1, 1, 3, 64, 64), -1.0, dtype=torch.float64)
     red[:, :, 0] = 1
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(d.embed(black), d.embed(red)))
-    red[..., 32:] = -1
-    assert not any(torch.allclose(a, b, atol=1e-2) for a, b in zip(d.embed(black), d.embed(red)))
+    assert all(torch.allclose(a, b, atol=1e-2) for a, b in zip(d.embed(black)[:2], d.embed(red)))
+    red[..., 30:] = -1
+    assert all((a - b).abs().max() > 0.5 for a, b in zip(d.embed(black), d.embed(red)))
 
 
 def test_the_backbone_gets_clips_normalised_as_clip_wants_them():

@@ -554,7 +554,7 @@ def test_cached_samples_are_those_of_training_with_a_target(dove, cached):
 
 def test_a_cached_sample_is_a_function_of_seed_and_index(dove, cached):
     clips, again, other = (CachedClips(cached, clips_of(SMOKE, seed=s), str(dove)) for s in (0, 0, 1))
-    indices = range(25)
+    indices = range(6)
     assert all(torch.equal(clips[i]["lr"], again[i]["lr"]) for i in indices[::-1])
     assert any(not torch.equal(clips[i]["lr"], other[i]["lr"]) for i in indices)
 
@@ -569,7 +569,7 @@ def unflipped(clip: torch.Tensor) -> Iterator[torch.Tensor]:
 def test_a_pass_shows_every_clip_once_flipped_alike_in_lr_hr_and_target(dove, cached):
     clips, seen, ways = CachedClips(cached, clips_of(SMOKE), str(dove)), [], set()
     stored = [[clips.read(kind, f"{n:08d}") for kind in ("lr", "hr", "target")] for n in range(5)]
-    for index in range(30):
+    for index in range(15):
         sample = clips[index]
         triple = [sample[kind] for kind in ("lr", "hr", "target")]
         for number, way in np.ndindex(5, 8):
@@ -580,7 +580,7 @@ def test_a_pass_shows_every_clip_once_flipped_alike_in_lr_hr_and_target(dove, ca
         small = nn.functional.avg_pool2d(sample["hr"].float(), 4)
         pair = torch.stack([small.flatten(), sample["lr"].float().flatten()])
         assert torch.corrcoef(pair)[0, 1] > 0.5
-    assert [sorted(seen[k : k + 5]) for k in range(0, 30, 5)] == [list(range(5))] * 6
+    assert [sorted(seen[k : k + 5]) for k in range(0, 15, 5)] == [list(range(5))] * 3
     assert len(ways) > 4
 
 

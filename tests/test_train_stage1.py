@@ -117,7 +117,7 @@ def test_dists_adds_to_the_pixel_loss_and_sees_frames_one_by_one():
 def test_micro_batches_give_the_gradients_of_the_whole_batch():
     torch.manual_seed(0)
     batch = {"lr": torch.rand(4, 2, 3, 8, 8).double(), "hr": torch.rand(4, 2, 3, 32, 32).double()}
-    parts, gains = micro_batches(batch | {"skipped": torch.zeros(4)}, 1), []
+    parts, gains = micro_batches(batch | {"skipped": torch.zeros(4)}, 1, torch.device("cpu")), []
     assert len(parts) == 4 and parts[3].keys() == {"lr", "hr"}
     for clips in ([batch], parts):
         student = Gain().double()
