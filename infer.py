@@ -30,7 +30,17 @@ from tqdm import tqdm
 
 from model import SCALE, AdcVSR, WeightsError
 from runtime import UserError, run
-from video import VIDEO_FORMATS, Frame, Output, VideoReader, VideoWriter, concatenate, to_network, to_uint8
+from video import (
+    CRF,
+    VIDEO_FORMATS,
+    Frame,
+    Output,
+    VideoReader,
+    VideoWriter,
+    concatenate,
+    to_network,
+    to_uint8,
+)
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
@@ -346,9 +356,8 @@ class Job:
         starts = self.write_segments(net)
         if not starts:
             shutil.rmtree(self.parts)
-            raise UserError(
-                f"{self.reader.path}: no frame from --start {float(self.args.start):g} on. Give less."
-            )
+            start = f"--start {float(self.args.start):g}"
+            raise UserError(f"{self.reader.path}: no frame from {start} on. Give less.")
         notes = self.reader.notes
         for target in self.targets:
             segments = [self.segment(target, k) for k in range(len(starts))]
@@ -368,9 +377,8 @@ class Job:
         with VideoReader(self.output) as result:
             for frame, sr in islice(zip(wanted_frames(self.reader, self.args), result), PROFILE_FRAMES):
                 middle = len(frame.rgb) // 2
-                band = as_network(
-                    [frame.rgb[max(0, middle - 3) : middle + 3]]
-                )  # bicubic looks two pixels away
+                # Bicubic looks two pixels away.
+                band = as_network([frame.rgb[max(0, middle - 3) : middle + 3]])
                 bicubic = as_frames(enlarged(band))[0]
                 rows["bicubic"].append(bicubic[len(bicubic) // 2])
                 rows["ours"].append(sr.rgb[SCALE * middle])
@@ -401,7 +409,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--color", choices=COLORS, help="colour from the input; default: adain, for tiny none")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--crf", type=int, default=16, help="H.264 quality, 0 best, 51 worst (16)")
+    add("--crf", type=int, default=CRF, help=f"H.264 quality, 0 best, 51 worst ({CRF})")
     add("--start", type=Fraction, default=Fraction(0), help="seconds to skip")
     add("--duration", type=Fraction, help="seconds to upscale")
     add("--compare", action="store_true", help="also <output>_compare: bicubic left, result right")

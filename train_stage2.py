@@ -56,6 +56,7 @@ class Config:
     init: str = setting("runs/stage1", "stage 1's checkpoint, or the folder of them: the newest")
     domains: tuple[str, ...] = setting(("pixel", "feature"), "where discriminators judge (Table 3)")
     heads: tuple[int, ...] = setting(judges.HEADS, "channels for detail and for consistency (Table 6)")
+    width: int = setting(judges.WIDTH, "channels of the discriminators' last features, which heads share out")
     separate: bool = setting(False, "a discriminator for each head, which collapses (Appendix B)")
     labels: str = setting("full", f"the labels: {', '.join(judges.LABEL_TABLES)} (Tables 3, 7)")
     real_video: str = setting("data", "what counts as real video: data, or the teacher's (Table 7)")
@@ -107,11 +108,11 @@ MAY_CHANGE = frozenset(  # settings that a resumed run may change: they leave th
 )
 INHERITED = ("adcsr", "teacher", "prompt_embedding", "teacher_cache", "vae")  # of stage 1, unless given
 
-# Choice: tiny's recipe is ours. 1e-7 would move discriminators that start from nothing by next to nothing.
+# Choice: tiny's recipe is ours. At 1e-7, discriminators that start from nothing would hardly move.
 TINY = Config(
-    domains=("pixel",), backbone="tiny", teacher="gt", dists="none", lambda_feature=0.0, procedural=0.1,
-    frames=6, size=192, batch=3, micro_batch=1, pool=400, steps=2000, halve_at=(1000,), lr_disc=1e-4,
-    checkpointing=False, save_every=200, validate_every=200, workers=2,
+    domains=("pixel",), heads=(48, 16), width=64, backbone="tiny", teacher="gt", dists="none",
+    lambda_feature=0.0, procedural=0.1, frames=6, size=192, batch=3, micro_batch=1, pool=400, steps=2000,
+    halve_at=(1000,), lr_disc=1e-3, checkpointing=False, save_every=200, validate_every=200, workers=2,
 )  # fmt: skip
 PRESETS = {
     "full": Config(),
@@ -238,7 +239,7 @@ class Separation:
         sides: dict[str, tuple[list, list]] = {}
         for key in (key for key in scores if key.count("/") == 2):
             name, kind, head = key.split("/")
-            label = self.labels.get(kind, (0, 0))[head == "consistency"]
+            label = self.labels[kind][head == "consistency"]
             if label:
                 sides.setdefault(f"{name} {head}", ([], []))[label < 0].append(scores[key])
         for head, (real, fake) in sides.items():
@@ -280,18 +281,18 @@ def stage_one(cfg: Config) -> Config:
 def new_discriminators(cfg: Config, student: AdcVSR) -> nn.ModuleDict:
     """name -> discriminator, by domain; with --separate one for each head, which collapses (Appendix B)."""
     if cfg.separate:
-        heads = {"_detail": (judges.WIDTH, 0), "_consistency": (0, judges.WIDTH)}
+        heads = {"_detail": (cfg.width, 0), "_consistency": (0, cfg.width)}
     else:
         heads = {"": cfg.heads}
-    discriminators, _ = nn.ModuleDict(), labels(cfg.labels)  # an unknown table is refused here
+    labels(cfg.labels)  # refuses an unknown table before any work
+    discriminators = nn.ModuleDict()
     for where in cfg.domains:
         for suffix, split in heads.items():
+            shape = {"heads": split, "width": cfg.width, "checkpointing": cfg.checkpointing}
             if where == "pixel":
-                d = judges.PixelDiscriminator.from_pretrained(
-                    cfg.backbone, heads=split, checkpointing=cfg.checkpointing
-                )
+                d = judges.PixelDiscriminator.from_pretrained(cfg.backbone, **shape)
             elif where == "feature" and cfg.lambda_feature:
-                d = judges.FeatureDiscriminator(student.unet, heads=split, checkpointing=cfg.checkpointing)
+                d = judges.FeatureDiscriminator(student.unet, **shape)
             else:
                 raise UserError(f"--domains {where}: give pixel, or feature with a --lambda-feature above 0")
             discriminators[where + suffix] = d
@@ -344,6 +345,9 @@ def main(cfg: Config) -> None:
         print_cost(nets, cost(cfg, *nets.values()), cfg.batch * cfg.steps, world.size)
     student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
     discriminators.to(world.device)
+    if world.device.type == "cuda":
+        for d in discriminators.values():
+            d.backbone.bfloat16()  # frozen, so nothing is lost to rounding step by step
     # PyTorch's normalisation of wide frames with few channels is ten times slower in channels-last on a CPU.
     (student if world.device.type == "cuda" else student.unet).to(memory_format=torch.channels_last)
     if cfg.compile:
@@ -353,7 +357,7 @@ def main(cfg: Config) -> None:
     optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
     optimiser_disc = torch.optim.Adam([{"params": discriminators.parameters()}], lr=cfg.lr_disc)
     # data
-    clips = training_clips(cfg, real_types=True)
+    clips = training_clips(cfg, real_types=bool(cfg.domains))
     held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, cfg.validation_clips)
     # resume
     out, step = Path(cfg.out), 0

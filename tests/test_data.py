@@ -13,20 +13,24 @@ import torch
 
 import data
 from data import (
+    ClipPool,
     DataError,
     Leaf,
     TrainingClips,
     draw_leaves,
     exact_flow,
+    fixed_clips,
     generator,
     indices,
     list_files,
     loader,
+    micro_batches,
     moving_crop,
     permutation,
     procedural_clip,
     random_crop,
     real_clips,
+    to_inputs,
     validation_clips,
 )  # fmt: skip
 from runtime import UserError
@@ -82,6 +86,29 @@ def test_a_resumed_run_sees_the_samples_that_were_to_come(folders):
     straight = list(loader(clips, 0, 4, rank=0, world=1, batch=2, workers=0))
     resumed = list(loader(TrainingClips(**folders, **SMALL), 2, 4, rank=0, world=1, batch=2, workers=0))
     assert all(equal(a, b) for a, b in zip(straight[2:], resumed, strict=True))
+
+
+def test_overfit_shows_the_same_first_clips_again_and_again_to_all_processes(folders):
+    clips = TrainingClips(**folders, **SMALL)
+    for rank in range(2):
+        steps = list(loader(clips, 0, 5, rank, world=2, batch=4, workers=0, overfit=3))
+        shown = [hr for step in steps for hr in step["hr"]]
+        expected = [clips[i % 3]["hr"] for step in range(5) for i in indices(step, rank, 2, 4)]
+        assert len(shown) == 10 and all(torch.equal(a, b) for a, b in zip(shown, expected, strict=True))
+
+
+def test_a_micro_batch_is_a_few_clips_of_the_batch_whole_and_in_order():
+    batch = {"hr": torch.arange(5), "order": torch.arange(10).reshape(5, 2), "skipped": torch.zeros(5)}
+    parts = micro_batches(batch, 2, torch.device("cpu"))
+    assert [part["hr"].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
+    assert [part["order"].tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
+    assert all(part.keys() == {"hr", "order"} for part in parts)
+
+
+def test_inputs_are_frames_in_the_networks_range_and_anything_else_as_it_is():
+    order = torch.tensor([[2, 0, 1]])
+    inputs = to_inputs({"hr": torch.tensor([0, 255], dtype=torch.uint8), "order": order})
+    assert inputs["hr"].tolist() == [-1.0, 1.0] and inputs["order"] is order
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -242,6 +269,19 @@ def test_validation_clips_are_held_out_of_training(tmp_path):
     assert all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in zip(held, again, strict=True))
 
 
+def test_without_held_out_files_procedural_clips_are_looked_at_the_same_every_time(tmp_path):
+    one, again = (fixed_clips("nowhere", None, frames=2, size=32, count=2) for _ in range(2))
+    assert [name for name, _, _ in one] == ["procedural_0", "procedural_1"]
+    for (_, hr, lr), (_, hr_again, lr_again) in zip(one, again, strict=True):
+        assert hr.shape == (2, 32, 32, 3) and lr.shape == (2, 8, 8, 3)
+        assert (hr == hr_again).all() and (lr == lr_again).all()
+    assert (one[0][1] != one[1][1]).any()
+    for name in "linku_hato.jpg", "sam_groceries.jpg", "human_person-vlado.jpg":
+        write_photo(tmp_path / name)
+    held_out = [name for name, _, _ in fixed_clips(None, tmp_path, frames=2, size=32, count=2)]
+    assert held_out == ["human_person-vlado", "sam_groceries"]  # as many as asked for, none procedural
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample data in ../shared/data")
 def test_no_source_of_the_sample_data_is_on_both_sides():
     videos = {p.name for p in (SHARED / "train_videos").iterdir()}
@@ -289,6 +329,51 @@ def test_the_real_clip_types_are_those_of_equation_5(folders, procedural):
 def test_asking_for_the_real_types_leaves_the_pair_as_it_is(folders):
     plain, typed = (TrainingClips(**folders, **SMALL, real_types=real)[7] for real in (False, True))
     assert equal(plain, {k: typed[k] for k in plain})
+
+
+@pytest.fixture(scope="module")
+def samples() -> TrainingClips:
+    """Samples of 4 frames of 40x40 with the real types, of which a pool shows pieces of 3 of 32x32."""
+    return TrainingClips(None, None, frames=4, size=40, seed=3, procedural=1.0, real_types=True)
+
+
+def test_a_pools_real_clips_are_pieces_of_its_samples_each_drawn_on_its_own(samples):
+    pool, made = ClipPool(samples, count=3, frames=3, size=32, workers=0), [samples[i] for i in range(3)]
+    sources, orders = set(), set()
+    for index in range(40):
+        piece, source = pool[index], []
+        assert piece["lr"].shape == (3, 3, 8, 8) and piece["hr"].shape == (3, 3, 32, 32)
+        for name, frames in ("video", 3), ("image", 1), ("random_images", 3):
+            assert piece[name].shape == (frames, 3, 32, 32)
+            found = [
+                n
+                for n, sample in enumerate(made)
+                for i in range(len(sample[name]) - frames + 1)
+                for y in range(0, 9, 4)
+                for x in range(0, 9, 4)
+                if torch.equal(sample[name][i : i + frames, :, y : y + 32, x : x + 32], piece[name])
+            ]
+            assert found, f"the {name} of piece {index} is no part of the pool"
+            source.append(found[0])
+        sources.add(tuple(source))
+        orders.add(tuple(piece["order"]))
+    assert len(sources) > 10  # of 27 ways to draw the three clips
+    assert all(sorted(order) == [0, 1, 2] != list(order) for order in orders) and len(orders) == 5
+
+
+def test_a_pools_piece_with_its_real_clips_is_a_function_of_seed_and_index(samples):
+    one, other = (ClipPool(samples, count=2, frames=3, size=32, workers=workers) for workers in (0, 1))
+    assert all(equal(one[index], other[index]) for index in (5, 0, 3))
+    assert not any(torch.equal(one[5][k], one[3][k]) for k in ("hr", "video", "image", "random_images"))
+    batch = next(iter(loader(one, 0, 1, rank=0, world=1, batch=2, workers=0)))
+    assert {clip.shape for clip in real_clips(batch).values()} == {(2, 3, 3, 32, 32)}
+
+
+def test_a_pool_smaller_than_its_pieces_is_one_line(samples):
+    for frames, size in (5, 32), (3, 44):
+        with pytest.raises(DataError, match="--pool-frames, --pool-size") as error:
+            ClipPool(samples, count=1, frames=frames, size=size, workers=0)
+        one_line(error)
 
 
 # ------------------------------------------------------------------------------------ photos and crops

@@ -263,7 +263,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
     assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
     queues = AdcVSR(**PRESETS["tiny"]).queue_bytes(24, 40) / 2**30
-    assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues between chunks" in out
+    assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues" in out
     assert "about twice that during a step; disk: 0.00 GB" in out
     assert names(tmp_path) == before
 

@@ -1,5 +1,6 @@
 """runtime.py: errors in one line, a flag for every setting, checkpoints that are whole or not there."""
 
+import json
 import os
 import resource
 import signal
@@ -18,9 +19,11 @@ from safetensors.torch import save_file
 import runtime
 from runtime import (
     Log,
+    Meter,
     StopSignal,
     UserError,
     World,
+    count_flops,
     init_world,
     load_training_state,
     newest_checkpoint,
@@ -319,13 +322,40 @@ def test_a_signal_sets_a_flag_and_a_ctrl_c_after_it_leaves_at_once(signals, numb
 
 
 def test_the_log_gains_a_line_of_json_for_each_call_and_is_never_overwritten(tmp_path):
-    path = tmp_path / "runs" / "log.jsonl"
     for step in (1, 2):
-        Log(path, enabled=True).write(step=step, loss=0.5)
-        Log(path, enabled=False).write(step=99)
-    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+        Log(tmp_path / "runs", enabled=True).write(step, loss=0.5)
+        Log(tmp_path / "runs", enabled=False).write(99)
+    lines = (tmp_path / "runs" / "log.jsonl").read_text()
+    assert lines == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
 
 
 def test_a_process_that_does_not_log_makes_no_file(tmp_path):
-    Log(tmp_path / "log.jsonl", enabled=False).write(step=1)
+    Log(tmp_path / "run", enabled=False).write(1)
     assert names(tmp_path) == []
+
+
+def test_a_line_every_few_steps_holds_the_means_since_the_last(tmp_path, capsys):
+    meter = Meter(World(0, 1, torch.device("cpu")), Log(tmp_path, enabled=True), every=2, steps=5)
+    for step, batch in enumerate(meter.timed("abcde"), start=1):
+        means = meter.step(step, {"loss": torch.tensor(float(step)), "a/b": 1.0}, lr=0.1)
+        assert means == ({"loss": {2: 1.5, 4: 3.5, 5: 5.0}[step], "a/b": 1.0} if step in (2, 4, 5) else {})
+        assert batch == "abcde"[step - 1]
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["lr"], line["a/b"]) for line in logged] == [
+        (2, 1.5, 0.1, 1.0), (4, 3.5, 0.1, 1.0), (5, 5.0, 0.1, 1.0),
+    ]  # fmt: skip
+    assert all(line["steps_per_s"] > 0 and 0 <= line["data_wait"] <= 1 < 1 + line["gb"] for line in logged)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 and printed[0].startswith("step 2/5 loss 1.5 lr 0.1") and "a/b" not in printed[0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named(tmp_path, value):
+    meter = Meter(World(0, 1, torch.device("cpu")), Log(tmp_path, enabled=False), every=9, steps=9)
+    with pytest.raises(UserError, match=f"^step 3: pixel is {value}"):
+        meter.step(3, {"loss": torch.tensor(1.0), "pixel": torch.tensor(value)})
+
+
+def test_operations_are_counted_on_shapes_alone():
+    a, b = torch.empty(10, 20, device="meta"), torch.empty(20, 30, device="meta")
+    assert count_flops(lambda: a @ b) == 2 * 10 * 20 * 30 / 1e12
