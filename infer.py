@@ -57,8 +57,7 @@ CLIPS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 CHANGES_RESULT = "chunk window color dtype device crf protocol downscale start duration compare".split()
 
 
-# ------------------------------------------------------------------------------------------------------
-# Colour: detail from the network, colour from the input. sr (t 3 4h 4w), lr (t 3 h w), both in [-1, 1]
+# --- Colour: detail from the network, colour from the input. sr (t 3 4h 4w), lr (t 3 h w), both in [-1, 1]
 
 
 def enlarged(lr: Tensor) -> Tensor:
@@ -86,8 +85,7 @@ def wavelet(sr: Tensor, lr: Tensor, levels: int = 5) -> Tensor:
 
 COLORS = {"none": lambda sr, lr: sr, "adain": adain, "wavelet": wavelet}
 
-# ------------------------------------------------------------------------------------------------------
-# The stream
+# --- The stream --------------------------------------------------------------------------------------
 
 
 def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
@@ -171,8 +169,7 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
     return np.concatenate([as_frames(enlarged(as_network([frame.rgb])))[0], sr], axis=1)
 
 
-# ------------------------------------------------------------------------------------------------------
-# The network
+# --- The network -------------------------------------------------------------------------------------
 
 
 def load_network(args: argparse.Namespace) -> AdcVSR:
@@ -201,8 +198,7 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
     return device, getattr(torch, dtype)
 
 
-# ------------------------------------------------------------------------------------------------------
-# One clip: plan, segments, final file
+# --- One clip: plan, segments, final file ------------------------------------------------------------
 
 
 def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
@@ -393,7 +389,7 @@ def print_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------------------
+# --- command line --------------------------------------------------------------------------------------
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

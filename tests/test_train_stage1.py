@@ -37,7 +37,7 @@ CONFIG = replace(
     save_every=100, log_every=1, validate_every=100, validation_clips=1,
 )  # fmt: skip
 # Its pixel losses alone, on smaller clips, with the skip that the tiny student has.
-PIXELS = replace(CONFIG, size=32, pixel_skip=True, lambda_feature=0.0, dists="none")
+PIXELS = replace(CONFIG, size=32, temporal="block", pixel_skip=True, lambda_feature=0.0, dists="none")
 POOL = {"pool": 3, "pool_frames": 3, "pool_size": 72}
 
 
@@ -153,12 +153,11 @@ def test_a_step_changes_every_weight_of_the_student_and_no_other_network():
     assert all(p.grad is None for net in (encoder, dists) for p in net.parameters())
 
 
-@pytest.mark.parametrize("cfg", [CONFIG, PIXELS], ids=["both domains", "pixels"])
-def test_overfit_lowers_the_loss_of_one_clip(tmp_path, cfg):
-    cfg = replace(cfg, overfit=1, batch=1, steps=40, lr=2e-3, halve_at=(), out=str(tmp_path))
-    main(cfg)
-    losses = [line["loss"] for line in logged(cfg) if "loss" in line]
-    assert len(losses) == 40 and sum(losses[-5:]) < 0.9 * 5 * losses[0]
+def test_overfit_lowers_the_loss_of_one_clip(tmp_path):
+    cfg = replace(CONFIG, temporal="none", overfit=1, batch=1, steps=15, lr=3e-3, halve_at=())
+    main(replace(cfg, out=str(tmp_path)))
+    losses = [line["loss"] for line in logged(replace(cfg, out=str(tmp_path))) if "loss" in line]
+    assert len(losses) == 15 and sum(losses[-3:]) < 0.9 * 3 * losses[0]
 
 
 def test_the_learning_rate_halves_exactly_after_each_named_step():
@@ -351,17 +350,8 @@ def test_two_processes_train_like_one_and_resume_exactly(tmp_path):
     main(alone)
     two_processes(tmp_path, three_runs, tmp_path)
     assert_same_checkpoint(tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006")
-    # Gradients rounded to bfloat16 are summed in another order, and Adam turns the sign of a gradient near
-    # zero into a whole step. So the losses agree closely, but the weights only on the whole: they end apart
-    # by 0.26 of the way they came (by 1.3 where every clip of a batch but one is ignored).
-    both = replace(PIXELS, out=str(tmp_path / "straight"))
-    for one, two in zip(logged(alone), logged(both), strict=True):
-        assert two.get("loss") == pytest.approx(one.get("loss"), rel=2e-3)
-    torch.manual_seed(CONFIG.seed)
-    start = AdcVSR(**MICRO).state_dict()
-    a, b = (weights(tmp_path / name / "step_000006") for name in ("alone", "straight"))
-    way, apart = ([(x[k] - y[k]).flatten() for k in start] for x, y in ((a, start), (a, b)))
-    assert (torch.cat(apart).norm() / torch.cat(way).norm()).item() < 0.5
+    # One clip at a time: two processes do what one does with two micro-batches, bit for bit.
+    assert_same_checkpoint(tmp_path / "alone" / "step_000006", tmp_path / "straight" / "step_000006")
 
 
 def stopped_by_the_second(world: World, folder: Path) -> None:
@@ -429,7 +419,7 @@ def smoke(tmp_path_factory) -> Path:
 def test_smoke_needs_no_network_and_no_file(smoke):
     out = smoke / PRESETS["smoke"].out
     assert names(smoke) == ["runs"] and names(out) == ["log.jsonl", "pictures", "step_000002"]
-    assert [line["step"] for line in logged(PRESETS["smoke"]) if "loss" in line] == [2]
+    assert [line["step"] for line in logged(replace(PRESETS["smoke"], out=str(out))) if "loss" in line] == [2]
     width, height = Image.open(out / "pictures" / "procedural_0_000002.png").size
     assert width == 3 * 64 and height == 64 + 3 * 4  # LR bicubic | student | HR, above their rows over time
 
@@ -448,7 +438,7 @@ def test_infer_takes_a_checkpoint(smoke, tmp_path, monkeypatch):
 def test_a_checkpoint_holds_the_student_as_it_was_trained(tmp_path):
     main(replace(PIXELS, steps=2, out=str(tmp_path)))
     loaded, saved = AdcVSR.from_pretrained(tmp_path / "step_000002"), weights(tmp_path / "step_000002")
-    assert loaded.config == AdcVSR(**MICRO).config
+    assert loaded.config == MICRO | {"temporal": "block"}
     assert saved.keys() == loaded.state_dict().keys()
     assert all(torch.equal(v, saved[k]) and v.dtype == torch.float32 for k, v in loaded.state_dict().items())
     clip = to_network(clips_of(PIXELS)[9]["lr"])[None]
@@ -468,7 +458,8 @@ def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
     step = int(checkpoint.removeprefix("step_"))
     assert newest_checkpoint(tmp_path).name == checkpoint and step >= 2
     assert torch.load(tmp_path / checkpoint / "train.pt", weights_only=True)["step"] == step
-    assert [line["step"] for line in logged(Config(out=str(tmp_path))) if "loss" in line] == list(range(1, step + 1))
+    steps = [line["step"] for line in logged(Config(out=str(tmp_path))) if "loss" in line]
+    assert steps == list(range(1, step + 1))
 
 
 def half_way_through(process: subprocess.Popen, folder: Path, step: int) -> None:

@@ -129,6 +129,15 @@ def update(nets: tuple, parts: list[dict], cfg: Config, world: World = WORLD, lr
     return train_step(parts, student, None, encoder, dists, judges, optimisers, world, cfg)
 
 
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """But for rounding: networks compute in float64 here, softplus and the statistics of DISTS in float32.
+
+    Queries and keys of attention over a single place have a gradient of rounding errors alone.
+    """
+    atol = 1e-5 * expected.abs().max().item() + 1e-12
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
 def gradients(net: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in net.named_parameters()}
 
@@ -210,9 +219,7 @@ def test_a_step_is_equations_1_to_5(changes, table):
     for net, grads in zip((student, judges), expected):
         for name, grad in gradients(net).items():
             assert grad.dtype == torch.float64 and grads[name].abs().max() > 0, name
-            # Softplus and the statistics of DISTS are taken in float32.
-            atol = 1e-5 * grads[name].abs().max().item()
-            torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=atol, msg=name)
+            assert_close(grad, grads[name], name)
     assert not any(value.requires_grad for value in losses.values())
 
 
@@ -271,7 +278,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     for key, grad in alone.items():
         assert grad.dtype == torch.float64 and grad.abs().max() > 0, key
         assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item(), msg=key)
+        assert_close(first[key], grad, key)
 
 
 def test_the_students_rate_halves_exactly_after_each_named_step():
@@ -335,9 +342,9 @@ def test_a_run_with_other_settings_is_refused_and_its_checkpoint_untouched(cfg):
     main(cfg)
     before = (Path(cfg.out) / "step_000001" / "train.pt").read_bytes()
     with pytest.raises(UserError) as error:
-        main(replace(cfg, steps=2, lr_disc=1e-3, heads=(128, 128)))
+        main(replace(cfg, steps=2, lr_disc=1e-2, heads=(32, 32)))
     line = str(error.value)
-    assert "lr_disc was 0.0001, now 0.001" in line and "heads was [192, 64], now [128, 128]" in line
+    assert "lr_disc was 0.001, now 0.01" in line and "heads was [48, 16], now [32, 32]" in line
     assert "\n" not in line and names(Path(cfg.out)) == ["log.jsonl", "pictures", "step_000001"]
     assert (Path(cfg.out) / "step_000001" / "train.pt").read_bytes() == before
 
@@ -475,10 +482,10 @@ ABLATIONS = {
     "Table 4, no adversarial losses": ({}, {"lambda_adv": 0.0}, set()),
     "Table 4, no teacher, cached": ({}, {"teacher_cache": "cache"}, scored()),
     "Table 4, another teacher": ({}, {"teacher": "results", "teacher_cache": "cache"}, scored()),
-    "Table 6, 256/0": ({}, {"heads": (256, 0)}, scored(DETAIL_TYPES, "detail")),
-    "Table 6, 128/128": ({}, {"heads": (128, 128)}, scored()),
-    "Table 6, 64/192": ({}, {"heads": (64, 192)}, scored()),
-    "Table 6, 0/256": ({}, {"heads": (0, 256)}, scored(heads="consistency")),
+    "Table 6, 100/0 %": ({}, {"heads": (64, 0)}, scored(DETAIL_TYPES, "detail")),
+    "Table 6, 50/50 %": ({}, {"heads": (32, 32)}, scored()),
+    "Table 6, 25/75 %": ({}, {"heads": (16, 48)}, scored()),
+    "Table 6, 0/100 %": ({}, {"heads": (0, 64)}, scored(heads="consistency")),
     "Table 7, no types 3 and 5": ({}, {"labels": "three_types"}, scored("student video image")),
     "Table 7, real videos as detail-real": ({}, {"labels": "detailed_video"}, scored()),
     "Table 7, teacher video for real video": ({}, {"real_video": "teacher"}, scored()),
@@ -521,8 +528,8 @@ def test_another_teachers_results_are_what_the_student_is_compared_with(cfg, cac
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"heads": (192, 65)}, "--heads 192 65: give two numbers of channels that add up to 256"),
-        ({"heads": (256,)}, "add up to 256"),
+        ({"heads": (48, 17)}, "--heads 48 17: give two numbers of channels that add up to 64"),
+        ({"heads": (64,)}, "add up to 64"),
         ({"procedural": 0.5, "videos": ".", "images": ""}, "both for Eq. 5"),
         ({"lambda_feature": 0.0}, "--domains feature: give pixel, or feature with a --lambda-feature above"),
         ({"domains": ("pixels",)}, "--domains pixels: give pixel, or feature"),
