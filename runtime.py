@@ -201,7 +201,7 @@ class StopSignal:
 
 
 class Log:
-    """One JSON object a line in out/log.jsonl, and TensorBoard's curves where it is installed."""
+    """One JSON object a line in out/log.jsonl, and TensorBoard's curves beside it where that is installed."""
 
     def __init__(self, out: Path, enabled: bool):
         self.file = self.board = None
@@ -211,7 +211,7 @@ class Log:
             if importlib.util.find_spec("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(out))
+                self.board = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, step: int, **values: float) -> None:
         if self.file:

@@ -106,7 +106,7 @@ MAY_CHANGE = frozenset(  # settings that a resumed run may change: they leave th
 TINY = Config(
     student="tiny", pixel_skip=True, adcsr=(), teacher="gt", dists="none", lambda_feature=0.0, procedural=0.1,
     frames=6, size=192, batch=6, micro_batch=6, pool=1200, steps=4200, lr=3e-4,
-    halve_at=(3400, 3700, 3850, 3950, 4050, 4130), checkpointing=False, save_every=200, validate_every=400,
+    halve_at=(3060, 3450, 3750, 3950, 4070, 4150), checkpointing=False, save_every=200, validate_every=400,
     workers=2,
 )  # fmt: skip
 PRESETS = {

@@ -300,32 +300,25 @@ def new_discriminators(cfg: Config, student: AdcVSR) -> nn.ModuleDict:
 
 
 def cost(cfg: Config, student, encoder, dists, discriminators) -> float:
-    """TFLOP for a clip and step: `train_step` itself on shapes alone, two frames of them; the teacher's not
-    counted."""
+    """TFLOP for a clip and step: `train_step` itself on shapes alone; the teacher's not counted.
+
+    Counted for two frames and for three: each further one costs what the third does.
+    """
     student, encoder, dists, discriminators = (
         net and deepcopy(net).to("meta") for net in (student, encoder, dists, discriminators)
     )
-    shape = (1, 2, 3, cfg.size, cfg.size)
-    clips = {k: torch.empty(shape, device="meta") for k in ("hr", "video", "random_images")}
-    clips["lr"] = torch.empty(*shape[:3], cfg.size // SCALE, cfg.size // SCALE, device="meta")
-    clips |= {"image": clips["hr"][:, :1], "order": torch.tensor([[1, 0]])}
-    return (
-        cfg.frames
-        / 2
-        * count_flops(
-            lambda: train_step(
-                [clips],
-                student,
-                None,
-                encoder,
-                dists,
-                discriminators,
-                (),
-                World(0, 1, torch.device("cpu")),
-                cfg,
-            )
+    here, side = World(0, 1, torch.device("cpu")), cfg.size // SCALE
+
+    def tflop(t: int) -> float:
+        shape = (1, t, 3, cfg.size, cfg.size)
+        clips = {k: torch.empty(shape, device="meta") for k in ("hr", "video", "random_images")}
+        clips["lr"] = torch.empty(1, t, 3, side, side, device="meta")
+        clips |= {"image": clips["hr"][:, :1], "order": torch.arange(t).flip(0)[None]}
+        return count_flops(
+            lambda: train_step([clips], student, None, encoder, dists, discriminators, (), here, cfg)
         )
-    )
+
+    return tflop(2) + (cfg.frames - 2) * (tflop(3) - tflop(2))
 
 
 def main(cfg: Config) -> None:

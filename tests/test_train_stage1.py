@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -271,6 +272,49 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path, monkeypat
     assert all(w.isfinite().all() for w in weights(newest_checkpoint(tmp_path)).values())
 
 
+def test_a_dry_run_says_what_training_costs_and_leaves_nothing(tmp_path, capsys):
+    main(replace(CONFIG, dry_run=True, out=str(tmp_path / "run")))
+    printed = capsys.readouterr().out
+    assert "student" in printed and "encoder" in printed and "TFLOP for a sample and step" in printed
+    assert "one step: loss" in printed and names(tmp_path) == []
+
+
+def test_the_cost_of_the_full_student_is_that_of_its_layers():
+    """A clip of 25x512x512: forward, forward again for checkpointing, and twice that to go back."""
+    with torch.device("meta"):
+        student = AdcVSR(**model.PRESETS["full"])
+    student.unet.checkpointing = True
+    # 0.990 TFLOP a frame of convolutions and linear layers, 0.109 of attention, 0.091 of temporal blocks
+    forward = 0.990 + 0.109 + 0.091
+    assert train_stage1.cost(Config(), student, None, None) == pytest.approx(25 * 4 * forward, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"pixel_skip": True}, "pixel skip paints a residual"),
+        ({"size": 96}, "--size 96: features need a multiple of 64"),
+        ({"vae": "nowhere"}, "feature targets need AdcSR's half decoder: give --adcsr"),
+        ({"teacher": "nowhere"}, "nowhere"),
+        ({"teacher_cache": "nowhere"}, "nowhere: no cache.json"),
+        ({"temporal": "all"}, "temporal all: give layer, block or none"),
+        ({"adcsr": ("a.pkl", "b.ckpt")}, "a.pkl: no such file"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
+    with pytest.raises(UserError) as error:
+        main(replace(CONFIG, out=str(tmp_path / "run"), **changes))
+    assert line in str(error.value) and "\n" not in str(error.value) and names(tmp_path) == []
+
+
+def test_dists_without_its_weights_and_without_a_network_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError, match="DISTS") as error:
+        main(replace(CONFIG, dists="pretrained", out=str(tmp_path / "run")))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
 # ----------------------------------------------------------------- the pool
 
 
@@ -506,7 +550,9 @@ def test_torchrun_starts_two_processes_again_that_end_like_the_straight_run(tmp_
 
 
 @pytest.mark.slow
-def test_the_whole_smoke_preset_ends_with_its_last_step(tmp_path):
-    out = finish(start(ALONE, "--preset", "smoke", cwd=tmp_path))
-    assert "step 12/12" in out
-    assert names(tmp_path / "runs" / "smoke1") == ["log.jsonl", "step_000006", "step_000012"]
+def test_the_whole_smoke_preset_lowers_the_validation_loss(tmp_path):
+    finish(start(ALONE, "--preset", "smoke", "--validate-every", 1, cwd=tmp_path))
+    out = tmp_path / PRESETS["smoke"].out
+    assert names(out) == ["log.jsonl", "pictures", "step_000006", "step_000012"]
+    scores = [line["psnr"] for line in logged(replace(CONFIG, out=str(out))) if "psnr" in line]
+    assert len(scores) == 12 and scores[-1] > scores[0] + 0.3
