@@ -650,6 +650,13 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
             start += size
             yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
 
+    def compile_blocks(self) -> None:
+        """torch.compile for every resnet and transformer block; what looks along time stays as it is."""
+        torch._dynamo.config.recompile_limit = 64  # blocks of one width share their code; there are many widths
+        for module in self.modules():
+            if isinstance(module, ResnetBlock | TransformerBlock):
+                module.compile()
+
     # --------------------------------------------------------------------------------------------------
     # Weights from elsewhere
 

@@ -91,7 +91,7 @@ class Config:
     lambda_adv: float = setting(1.0, "weight of the adversarial losses in both   Paper: Eq. 2, 3")
     seed: int = setting(0, "seed of the initial weights and of the data")
     checkpointing: bool = setting(True, "recompute activations in the backward pass to save memory")
-    compile: bool = setting(False, "torch.compile each UNet block")
+    compile: bool = setting(False, "torch.compile each resnet and transformer block")
     out: str = setting("runs/stage2", "folder of checkpoints, log and pictures")
     save_every: int = setting(1000, "steps between checkpoints")
     keep: int = setting(3, "checkpoints kept")
@@ -344,8 +344,7 @@ def main(cfg: Config) -> None:
     # PyTorch's normalisation of wide frames with few channels is ten times slower in channels-last on a CPU.
     (student if world.device.type == "cuda" else student.unet).to(memory_format=torch.channels_last)
     if cfg.compile:
-        for block in (*student.unet.down_blocks, student.unet.mid_block, *student.unet.up_blocks):
-            block.compile()
+        student.compile_blocks()
     # optimisers
     optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
     optimiser_disc = torch.optim.Adam([{"params": discriminators.parameters()}], lr=cfg.lr_disc)

@@ -117,9 +117,9 @@ def networks(dtype: torch.dtype = torch.float64, checkpointing: bool = False) ->
     )
 
 
-def clips_of(rank: int = 0, size: int = 1, batch: int = 2, dtype: torch.dtype = torch.float64) -> dict:
+def clips_of(rank=0, size=1, batch=2, dtype: torch.dtype = torch.float64, frames: int = 3) -> dict:
     """A process's share of one batch, as numbers in [-1, 1]."""
-    clips = TrainingClips(None, None, 3, 64, seed=0, procedural=1.0, real_types=True)
+    clips = TrainingClips(None, None, frames, 64, seed=0, procedural=1.0, real_types=True)
     (share,) = loader(clips, 0, 1, rank, size, batch, workers=0)
     return {k: to_network(x).to(dtype) if x.dtype == torch.uint8 else x for k, x in share.items()}
 
@@ -616,11 +616,11 @@ def test_a_dry_run_says_what_training_costs_and_leaves_nothing(cfg, capsys):
     assert not Path(cfg.out).exists()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_cost_of_a_clip_is_counted_as_a_real_step_would(checkpointing):
-    cfg, nets = replace(PRESETS["smoke"], frames=3, **NARROW), networks(torch.float32, checkpointing)
-    real = count_flops(lambda: update(nets, [clips_of(batch=1, dtype=torch.float32)], cfg))
-    assert cost(cfg, *nets) == pytest.approx(real) and cost(replace(cfg, frames=5), *nets) > 1.5 * real
+def test_the_cost_of_a_clip_is_that_of_a_real_step():
+    """Of five frames, told from two and three, recomputed activations included."""
+    cfg, nets = replace(PRESETS["smoke"], frames=5), networks(torch.float32, checkpointing=True)
+    real = count_flops(lambda: update(nets, [clips_of(batch=1, dtype=torch.float32, frames=5)], cfg))
+    assert cost(cfg, *nets) == pytest.approx(real, rel=1e-3)
 
 
 # ----------------------------------------------------------------- the command itself
