@@ -204,7 +204,11 @@ class TrainingClips(torch.utils.data.Dataset):
         if procedural < 1 and not (videos and images if real_types else videos or images):
             raise DataError("name a place for videos or images, both for Eq. 5, or make all clips procedural")
         self.videos = list_files(videos, VIDEO_SUFFIXES) if videos and procedural < 1 else []
-        self.images = list_files(images, IMAGE_SUFFIXES) if images and procedural < 1 else []
+        try:
+            self.images = list_files(images, IMAGE_SUFFIXES) if images and procedural < 1 else []
+        except DataError as error:
+            need = ". Photos, still and unrelated, are clip types 4 and 5 of Eq. 5" if real_types else ""
+            raise DataError(f"{error}{need}") from None
         self.frames, self.size, self.seed, self.stride = frames, size, seed, stride
         self.procedural, self.real_types, self.sharpen = procedural, real_types, sharpen
         # Choice: clips made of a photo take the video chain too, codec included; single frames have no codec.

@@ -652,7 +652,7 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
 
     def compile_blocks(self) -> None:
         """torch.compile for every resnet and transformer block; what looks along time stays as it is."""
-        torch._dynamo.config.recompile_limit = 64  # blocks of one width share their code; there are many widths
+        torch._dynamo.config.recompile_limit = 64  # all blocks share their code, and each width is another
         for module in self.modules():
             if isinstance(module, ResnetBlock | TransformerBlock):
                 module.compile()

@@ -394,7 +394,9 @@ class CachedClips(torch.utils.data.Dataset):
             raise TeacherError(f"{cache}: no cache.json, so it is not a cache. Make one with teacher.py.")
         now = {name: getattr(clips, name) for name in SETTINGS}
         results = is_results(teacher)
-        saved = refuse_other_settings(cache, now if results else now | {"teacher": teacher_name(teacher)})
+        if not results and teacher != "gt":  # HR and LR, which these need, are in every cache
+            now["teacher"] = teacher_name(teacher)
+        saved = refuse_other_settings(cache, now)
         self.folders = {"lr": cache / "lr", "hr": cache / "hr"}
         if teacher != "gt":
             self.folders["target"] = Path(teacher) if results else cache / "teacher"
@@ -472,6 +474,9 @@ def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:
         return FeatureEncoder.seeded(student.config, cfg.seed)
     if not cfg.adcsr:
         raise TeacherError("feature targets need AdcSR's half decoder: give --adcsr, or --lambda-feature 0")
+    width, ours = (c["decoder_channels"][-1] for c in (STUDENTS["full"], student.config))
+    if width != ours:
+        raise TeacherError(f"features of {ours} channels, AdcSR's have {width}: --lambda-feature 0")
     return FeatureEncoder.from_pretrained(cfg.vae, cfg.adcsr[1], cfg.trust_pickle)
 
 

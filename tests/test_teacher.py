@@ -607,10 +607,11 @@ def test_an_incomplete_cache_is_used_as_far_as_it_goes_and_an_empty_one_refused(
 
 def test_settings_that_change_the_clips_must_be_those_of_the_cache(dove, cached, tmp_path):
     with pytest.raises(TeacherError) as error:
-        CachedClips(
-            cached, clips_of(SMOKE, frames=4, size=32, degradation="dove", stride=2, sharpen=True), "gt"
-        )
-    assert_one_line(error, "frames", "size", "degradation", "stride", "sharpen", "teacher was DOVE, now gt")
+        other = clips_of(SMOKE, frames=4, size=32, degradation="dove", stride=2, sharpen=True)
+        CachedClips(cached, other, "elsewhere/STAR")
+    assert_one_line(error, "frames", "size", "degradation", "stride", "sharpen", "teacher was DOVE, now STAR")
+    sample = CachedClips(cached, clips_of(SMOKE), "gt")[3]  # every cache has HR and LR
+    assert torch.equal(sample["target"], sample["hr"])
     with pytest.raises(TeacherError) as error:
         CachedClips(tmp_path, clips_of(SMOKE), "gt")
     assert_one_line(error, "not a cache")

@@ -300,6 +300,7 @@ def test_the_cost_of_the_full_student_is_that_of_its_layers():
         ({"teacher_cache": "nowhere"}, "nowhere: no cache.json"),
         ({"temporal": "all"}, "temporal all: give layer, block or none"),
         ({"adcsr": ("a.pkl", "b.ckpt")}, "a.pkl: no such file"),
+        ({"procedural": 0.0, "images": "nowhere"}, "nowhere: No such file"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
