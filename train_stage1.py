@@ -222,7 +222,8 @@ def main(cfg: Config) -> None:
     meter = Meter(world, log, cfg.log_every, cfg.steps)
     if world.is_main:
         print(f"{world.size} x {world.device} | at step {step} of {cfg.steps} | {out}")
-    source = loader(clips, step, cfg.steps, world.rank, world.size, cfg.batch, cfg.workers, cfg.overfit)
+    workers = 0 if cfg.pool else cfg.workers  # pieces of a pool are there already
+    source = loader(clips, step, cfg.steps, world.rank, world.size, cfg.batch, workers, cfg.overfit)
     for batch in meter.timed(source):
         step += 1
         torch.manual_seed(hash((cfg.seed, step, world.rank)))  # a resumed run draws what it would have drawn
