@@ -300,7 +300,7 @@ def test_the_cost_of_the_full_student_is_that_of_its_layers():
         ({"teacher_cache": "nowhere"}, "nowhere: no cache.json"),
         ({"temporal": "all"}, "temporal all: give layer, block or none"),
         ({"adcsr": ("a.pkl", "b.ckpt")}, "a.pkl: no such file"),
-        ({"procedural": 0.0, "images": "nowhere"}, "nowhere: No such file"),
+        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: No such file"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
@@ -385,6 +385,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
 
 def three_runs(world: World, folder: Path) -> None:
     """Six steps, and three and three."""
+    torch.set_num_threads(1)  # as many as the process alone: threads cut sums into parts
     model.PRESETS["micro"] = MICRO
     main(replace(PIXELS, out=str(folder / "straight")))
     main(replace(PIXELS, steps=3, out=str(folder / "resumed")))
@@ -392,8 +393,10 @@ def three_runs(world: World, folder: Path) -> None:
 
 
 def test_two_processes_train_like_one_and_resume_exactly(tmp_path):
-    alone = replace(PIXELS, out=str(tmp_path / "alone"))
-    main(alone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    main(replace(PIXELS, out=str(tmp_path / "alone")))
+    torch.set_num_threads(threads)
     two_processes(tmp_path, three_runs, tmp_path)
     assert_same_checkpoint(tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006")
     # One clip at a time: two processes do what one does with two micro-batches, bit for bit.
