@@ -29,9 +29,8 @@ from torch import Tensor
 
 from degrade import SCALE, VARIANTS, degrade, one_thread, unsharp
 from runtime import UserError, run
-from video import IMAGE_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip, to_network
+from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip, to_network
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
 NOT_HR = {"X2", "X3", "X4", "val1"}  # LSDIR's bicubic LR images and its validation images
 # The validation split, by source: what these files show is in no other file, and training never sees them.
 HELD_OUT_VIDEOS = (
@@ -363,11 +362,11 @@ def validation_clips(videos: Place, images: Place, frames: int = 25, size: int =
 
 def fixed_clips(videos: Place, images: Place, frames: int, size: int, count: int) -> list[tuple]:
     """`count` of the validation clips, or procedural ones where a data set has none of the held-out files."""
-    clips = list(validation_clips(videos, images, frames, size))
+    clips = list(validation_clips(videos, images, frames, size)) if count else []
     for seed in range(0 if clips else count):
         hr = procedural_clip(generator(seed), frames, (size, size)).frames
         clips.append((f"procedural_{seed}", hr, degrade(hr, generator(seed, DEGRADE))))
-    return clips[:: max(1, len(clips) // count)][:count]
+    return clips[:: max(1, len(clips) // max(1, count))][:count]
 
 
 # --- the dead-leaves world ----------------------------------------------------------------------------------

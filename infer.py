@@ -33,6 +33,7 @@ from runtime import UserError, run
 from video import (
     CRF,
     VIDEO_FORMATS,
+    VIDEO_SUFFIXES,
     Frame,
     Output,
     VideoReader,
@@ -53,7 +54,6 @@ SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interr
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
 PROFILE_FRAMES = 2000  # Choice: rows of --profile at most, so that its memory is bounded too
-CLIPS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 CHANGES_RESULT = "chunk window color dtype device crf protocol downscale start duration compare".split()
 
 
@@ -432,7 +432,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def clips_in(path: Path) -> list[Path]:
     """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
-    clips = sorted(p for p in path.iterdir() if p.suffix.lower() in CLIPS) if path.is_dir() else []
+    clips = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else []
     results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
     return [p for p in clips if p.stem.removesuffix(".partial") not in results] or [path]
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from runtime import UserError, run
-from video import VideoError, VideoReader, to_network, to_uint8
+from video import VIDEO_SUFFIXES, VideoError, VideoReader, to_network, to_uint8
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
 
@@ -456,7 +456,6 @@ def dists_loss(dists: "DISTS", pred: Tensor, target: Tensor) -> Tensor:
 # ---- Clips in pairs, frames in step -----------------------------------------------------------------------
 
 PROTOCOL_FRAMES, SCALE = 25, 4  # Paper: Sec. 4.1
-VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"}
 Sides = dict[str, Path]  # "input" and "ground truth" where given, and "prediction"
 LAYOUT = {"input": ("LQ", "LQ-Video"), "prediction": (), "ground truth": ("GT", "GT-Video")}  # DOVE's folders
 

@@ -35,12 +35,21 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import VIDEO_SUFFIXES, ClipPool, DataError, TrainingClips, as_tensor, generator
+from data import ClipPool, DataError, TrainingClips, as_tensor, generator
 from degrade import one_thread
 from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple, read_half_decoder
 from model import PRESETS as STUDENTS
 from runtime import init_world, parse_config, run, setting
-from video import FOLDER_RATE, IMAGE_SUFFIXES, Output, VideoError, read_clip, to_network, to_uint8
+from video import (
+    FOLDER_RATE,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Output,
+    VideoError,
+    read_clip,
+    to_network,
+    to_uint8,
+)
 
 TIMESTEP = 399  # the one step of DOVE: its input counts as this noisy, and no noise is added
 TIME_MULTIPLE = 8  # DOVE's clips have 8k + 1 frames, as the temporal strides of its VAE ask for

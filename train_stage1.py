@@ -203,7 +203,8 @@ def main(cfg: Config) -> None:
     optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
     # data
     clips = training_clips(cfg)
-    held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, cfg.validation_clips)
+    count = cfg.validation_clips if world.is_main else 0  # one process validates
+    held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, count)
     # resume
     out, step = Path(cfg.out), 0
     if folder := newest_checkpoint(out):

@@ -266,7 +266,9 @@ def stage_one(cfg: Config) -> Config:
             f"{cfg.init}: no checkpoint of stage 1. Run train_stage1.py first, or name one with --init."
         )
     state = folder / "train.pt"
-    recorded = torch.load(state, map_location="cpu", weights_only=True)["config"] if state.is_file() else {}
+    recorded = {}
+    if state.is_file():  # mapped, since all but the settings, the optimiser's gigabytes, is of no use here
+        recorded = torch.load(state, map_location="cpu", weights_only=True, mmap=True)["config"]
     known = {k: recorded[k] for k in INHERITED if not getattr(cfg, k) and recorded.get(k)}
     cfg = replace(
         cfg, init=str(folder), **{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()}
@@ -350,7 +352,8 @@ def main(cfg: Config) -> None:
     optimiser_disc = torch.optim.Adam([{"params": discriminators.parameters()}], lr=cfg.lr_disc)
     # data
     clips = training_clips(cfg, real_types=bool(cfg.domains))
-    held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, cfg.validation_clips)
+    count = cfg.validation_clips if world.is_main else 0  # one process validates
+    held_out = fixed_clips(cfg.videos, cfg.images, cfg.frames, cfg.size, count)
     # resume
     out, step = Path(cfg.out), 0
     if folder := newest_checkpoint(out):

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from runtime import UserError
 
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 VIDEO_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what H.264 is written to
 FOLDER_RATE = Fraction(25)  # Choice: frames in a folder carry no rate, and a video of them needs one
