@@ -22,10 +22,11 @@ from einops import rearrange
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from discriminators import BACKBONE
 from runtime import UserError, World, count_flops, peak_memory, run
 
 ROOT = Path(__file__).parent
-WORK = "quality long memory infer degrade data metrics train1 train2".split()
+WORK = "quality heads long memory infer degrade data metrics train1 train2".split()
 SIZES = ((128, 96), (320, 240), (640, 360))  # LR width and height
 
 
@@ -78,9 +79,74 @@ def bench_quality(videos: str, images: str, weights: str, picture: str | None) -
         rows.append(row)
         print(line(name, row), flush=True)
         panels.append(torch.cat([c[12] for c in (bicubic, ours, hr)], dim=-1))
+    if not rows:
+        raise UserError(f"{videos}, {images}: none of the held-out files that data.py names (HELD_OUT_*)")
     print(line("mean", np.mean(rows, axis=0)))
     if picture:
         imageio.imwrite(picture, rearrange(torch.cat(panels, dim=-2), "c h w -> h w c").numpy())
+
+
+def high_frequencies(clip: torch.Tensor) -> torch.Tensor:
+    """What LR has no room for: luma's spectrum (t n) above 1/8 cycle a pixel; clip (t 3 h w) uint8."""
+    from degrade import SCALE
+    from metrics import LUMA
+
+    luma = (clip.double() * torch.tensor(LUMA["yiq"][0]).reshape(3, 1, 1)).sum(dim=1)
+    h, w = luma.shape[-2:]
+    window = torch.hann_window(h)[:, None] * torch.hann_window(w)  # a frame's ends do not meet
+    spectrum = torch.fft.rfft2((luma - luma.mean((1, 2), keepdim=True)) * window)
+    return spectrum[:, torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)) > 0.5 / SCALE]
+
+
+def bench_heads(videos: str, images: str, weights: list[str], picture: str | None) -> None:
+    """What stage 2 changes: PSNR, detail and E*_warp of several students, on clips that training never saw.
+
+    Detail: energy of the high frequencies over that in HR. Match: their correlation with HR's, which noise
+    and invented texture have none of. E*_warp: on procedural clips under their exact flow, else under DIS.
+    picture: bicubic | each student | HR of some clips, the middle frame above its middle row over time.
+    """
+    from data import DEGRADE, as_tensor, generator, procedural_clip, validation_clips
+    from degrade import SCALE, degrade
+    from infer import as_frames, as_network
+    from metrics import dis_flow, psnr, row_over_time, warping_errors
+    from model import AdcVSR
+
+    students = {name: AdcVSR.from_pretrained(name).eval() for name in weights}
+    clips = {"procedural": [], "held-out": []}
+    for seed in range(1000, 1008):  # of generators that training never asks for
+        world = procedural_clip(generator(seed), 25, (256, 256), truth=True)
+        flow, visible = as_tensor(world.flow), torch.from_numpy(world.visible)[:, None]
+        lr = degrade(world.frames, generator(seed, DEGRADE))
+        clips["procedural"].append((world.frames, lr, {"flow": (flow, flow), "visible": visible}))
+    for _, hr, lr in validation_clips(videos, images):
+        clips["held-out"].append((hr, lr, {"flow": dis_flow}))
+
+    print(f"25x256x256, {machine()}")
+    print(f"{'':34} {'PSNR':>8} {'detail':>8} {'match':>8} {'E*_warp':>8}")
+    panels = []
+    for kind, group in clips.items():
+        rows: dict[str, list] = {name: [] for name in ("bicubic", *students, "HR")}
+        for number, (hr, lr, motion) in enumerate(group):
+            x, hr = as_network(list(lr), "cpu"), as_tensor(hr)
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                sides = {"bicubic": F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")}
+                sides |= {name: net(x[None])[0].float() for name, net in students.items()}
+            sides = {name: as_tensor(as_frames(clip)) for name, clip in sides.items()} | {"HR": hr}
+            wanted = high_frequencies(hr)
+            for name, clip in sides.items():
+                high = high_frequencies(clip)
+                match = (high * wanted.conj()).real.sum() / (high.norm() * wanted.norm())
+                row = [psnr(clip, hr).mean(), high.norm() ** 2 / wanted.norm() ** 2, match]
+                rows[name].append([float(x) for x in (*row, warping_errors(clip, **motion).mean())])
+            if number % 3 == 0:
+                profiles = [row_over_time(c).repeat_interleave(2, dim=1) for c in sides.values()]
+                columns = [torch.cat([c[12], p], dim=1) for c, p in zip(sides.values(), profiles)]
+                panels.append(torch.cat(columns, dim=-1))
+        for name, row in rows.items():
+            mean = "".join(f" {x:8.3f}" for x in np.mean(row, axis=0))
+            print(f"{kind:10} {name[-23:]:23}{mean}", flush=True)
+    if picture:
+        imageio.imwrite(picture, rearrange(torch.cat(panels, dim=1), "c h w -> h w c").numpy())
 
 
 def bench_long(images: str, weights: str, frames: int = 120) -> None:
@@ -289,7 +355,7 @@ class PeakMemory(TorchDispatchMode):
         self.now -= self.live.pop(key)
 
 
-def bench_train(stage: int, frames: int = 25, size: int = 512) -> None:
+def bench_train(stage: int, backbone: str = "", frames: int = 25, size: int = 512) -> None:
     """One update at full size on a clip, at random weights: seconds and peak memory on a GPU; elsewhere its
     operations and an estimate of the memory, counted on shapes alone. The teacher is left out: a cache.
     """
@@ -316,7 +382,8 @@ def bench_train(stage: int, frames: int = 25, size: int = 512) -> None:
         encoder = FeatureEncoder(vae, torch.nn.Conv2d(4, 256, 3, padding=1), mid_block)
         discriminators = torch.nn.ModuleDict()
         if stage == 2:
-            discriminators["pixel"] = PixelDiscriminator(convnext(pretrained=False), checkpointing=True)
+            net = convnext(backbone, pretrained=False)
+            discriminators["pixel"] = PixelDiscriminator(net, checkpointing=True)
             discriminators["feature"] = FeatureDiscriminator(student.unet, checkpointing=True)
     frozen, learned = (encoder, DISTS()), (student, discriminators)
     encoder, dists, student, discriminators = (net.to(device, dtype) for net in frozen + learned)
@@ -325,6 +392,10 @@ def bench_train(stage: int, frames: int = 25, size: int = 512) -> None:
     clips["lr"] = clips["hr"][..., : size // SCALE, : size // SCALE]
     clips |= {"image": clips["hr"][:, :1], "random_images": clips["video"]}
     clips["order"] = torch.arange(frames)[None].flip(1)
+    if on_gpu:  # as the train scripts place them
+        student.to(memory_format=torch.channels_last)
+        for d in discriminators.values():
+            d.backbone.to(torch.bfloat16, memory_format=torch.channels_last)
     optimisers = [torch.optim.Adam([{"params": net.parameters()}], lr=1e-7) for net in learned]
     world = World(0, 1, torch.device("cuda" if on_gpu else "cpu"))
 
@@ -346,30 +417,35 @@ def bench_train(stage: int, frames: int = 25, size: int = 512) -> None:
         step()
     F.scaled_dot_product_attention = attention
     trained = sum(p.numel() for net in learned for p in net.parameters())
-    held = sum(x.numel() for net in (*learned, *frozen) for x in (*net.parameters(), *net.buffers()))
-    states = (16 * trained + 4 * (held - trained)) / 1e9  # float32: weights, gradients, Adam's two moments
+    held = sum(x.numel() for net in frozen for x in (*net.parameters(), *net.buffers()))
+    judges = sum(x.numel() for d in discriminators.values() for x in d.backbone.buffers())
+    # Float32: weights, gradients and Adam's two moments, and what is frozen, but for the backbones.
+    states = (16 * trained + 4 * held + 2 * judges) / 1e9
     print(f"{tflop:.1f} TFLOP; weights, gradients and Adam {states:.1f} GB, ", end="")
-    print(f"activations in bfloat16 at most {memory.peak / 1e9:.1f} GB")
+    print(f"activations at most {memory.peak / 1e9:.1f} GB, were all of them in bfloat16")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=WORK)
-    parser.add_argument("--videos", default="datasets/videos", help="for quality and data")
-    parser.add_argument("--images", default="datasets/images", help="for quality and data")
-    parser.add_argument("--weights", default=str(ROOT / "weights" / "tiny"), help="for quality")
-    parser.add_argument("--picture", help="for quality: bicubic | ours | HR, a PNG")
+    parser.add_argument("--videos", default="datasets/videos", help="for quality, heads and data")
+    parser.add_argument("--images", default="datasets/images", help="for quality, heads, long and data")
+    shipped = [str(ROOT / "weights" / "tiny")]
+    parser.add_argument("--weights", nargs="+", default=shipped, help="for quality and long; heads: several")
+    parser.add_argument("--picture", help="for quality and heads: bicubic | ours | HR, a PNG")
+    parser.add_argument("--backbone", default=BACKBONE, help="for train2: D_pixel's ConvNeXt")
     args = parser.parse_args()
     work = {
-        "quality": lambda: bench_quality(args.videos, args.images, args.weights, args.picture),
-        "long": lambda: bench_long(args.images, args.weights),
+        "quality": lambda: bench_quality(args.videos, args.images, args.weights[0], args.picture),
+        "heads": lambda: bench_heads(args.videos, args.images, args.weights, args.picture),
+        "long": lambda: bench_long(args.images, args.weights[0]),
         "memory": bench_memory,
         "infer": bench_infer,
         "degrade": bench_degrade,
         "data": lambda: bench_data(args.videos, args.images),
         "metrics": bench_metrics,
         "train1": lambda: bench_train(1),
-        "train2": lambda: bench_train(2),
+        "train2": lambda: bench_train(2, args.backbone),
     }
     work[args.what]()
 

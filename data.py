@@ -14,6 +14,7 @@ Points are complex numbers, x + iy in pixels: turn z + shift zooms by |turn|, ro
 import argparse
 import csv
 import gc
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -200,14 +201,15 @@ class TrainingClips(torch.utils.data.Dataset):
             raise DataError(f"degradation {degradation}: there are {', '.join(VARIANTS)}")
         if size % SCALE or frames < 1 + real_types:
             raise DataError(f"{frames} frames, size {size}: take a multiple of {SCALE}, 2 frames to permute")
+        need = "clip types 4 and 5 of Eq. 5 are photos" if real_types else "name --videos or --images"
+        way_out = f"{need}; --procedural 1 needs no files"
         if procedural < 1 and not (videos and images if real_types else videos or images):
-            raise DataError("name a place for videos or images, both for Eq. 5, or make all clips procedural")
+            raise DataError(f"no folder of {'videos' if images else 'images'} is named: {way_out}")
         self.videos = list_files(videos, VIDEO_SUFFIXES) if videos and procedural < 1 else []
         try:
             self.images = list_files(images, IMAGE_SUFFIXES) if images and procedural < 1 else []
         except DataError as error:
-            need = ". Photos, still and unrelated, are clip types 4 and 5 of Eq. 5" if real_types else ""
-            raise DataError(f"{error}{need}") from None
+            raise DataError(f"{error}; {way_out}") from None
         self.frames, self.size, self.seed, self.stride = frames, size, seed, stride
         self.procedural, self.real_types, self.sharpen = procedural, real_types, sharpen
         # Choice: clips made of a photo take the video chain too, codec included; single frames have no codec.
@@ -306,13 +308,19 @@ def permutation(frames: int, rng: Generator) -> np.ndarray:
 def real_clips(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The four real clip types of Eq. 5, (b t ...), keyed as `discriminators.LABELS`.
 
-    batch: video, random_images (b t ...), image (b 1 ...), all frames or all maps made frame by frame, and
-    order (b t). A map of the shuffled clip is the shuffled map, so that maps are made once.
+    batch: order (b t), and of video, random_images (b t ...), image (b 1 ...) those that are wanted: all
+    frames, or all maps made frame by frame. The shuffled clip's maps are the shuffled maps, made once.
     """
-    video, image, unrelated = (batch[k] for k in ("video", "image", "random_images"))
-    shuffled = torch.stack([clip[order] for clip, order in zip(video, batch["order"], strict=True)])
-    still = repeat(image, "b 1 ... -> b t ...", t=video.shape[1])
-    return {"video": video, "shuffled_video": shuffled, "image": still, "random_images": unrelated}
+    order, types = batch["order"], {}
+    if "video" in batch:
+        types["video"] = batch["video"]
+        shuffled = [clip[i] for clip, i in zip(batch["video"], order, strict=True)]
+        types["shuffled_video"] = torch.stack(shuffled)
+    if "image" in batch:
+        types["image"] = repeat(batch["image"], "b 1 ... -> b t ...", t=order.shape[1])
+    if "random_images" in batch:
+        types["random_images"] = batch["random_images"]
+    return types
 
 
 def indices(step: int, rank: int, world: int, batch: int) -> range:
@@ -329,9 +337,17 @@ def loader(clips, first: int, last: int, rank: int, world: int, batch: int, work
     steps = [indices(step, rank, world, batch) for step in range(first, last)]
     if overfit:
         steps = [[index % overfit for index in step] for step in steps]
-    pinned = torch.cuda.is_available()
     gc.collect()  # a forked worker that freed its parent's decoders would wait for threads it has not
-    return torch.utils.data.DataLoader(clips, batch_sampler=steps, num_workers=workers, pin_memory=pinned)
+    return torch.utils.data.DataLoader(
+        clips, batch_sampler=steps, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        worker_init_fn=own_group,
+    )  # fmt: skip
+
+
+def own_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM reach whole process groups, and the parent needs its workers until it has
+    saved; it ends them itself."""
+    os.setpgid(0, 0)
 
 
 def micro_batches(batch: dict[str, Tensor], size: int, device: torch.device) -> list[dict[str, Tensor]]:

@@ -115,9 +115,7 @@ class Tail(nn.Module):
 
     def __init__(self, c_in: int, heads: tuple[int, int], width: int):
         super().__init__()
-        if len(heads) != 2 or min(heads) < 0 or sum(heads) != width:
-            shown = " ".join(map(str, heads))
-            raise UserError(f"--heads {shown}: give two numbers of channels that add up to {width}")
+        check_split(heads, width)
         self.conv1 = nn.Conv2d(c_in, width, 3, padding=1)
         self.conv2 = TemporalConv(width)
         self.conv3 = nn.Conv2d(width, width, 3, padding=1)
@@ -131,6 +129,13 @@ class Tail(nn.Module):
         x = F.leaky_relu(self.conv2(x, Memory(batch=b)), SLOPE)
         x = F.leaky_relu(self.conv3(x), SLOPE)
         return Scores(*rearrange(self.heads(x), "(b t) c h w -> b t c h w", b=b).split(self.split, dim=2))
+
+
+def check_split(heads: tuple[int, ...], width: int) -> None:
+    """`UserError` unless these are two heads that share out `width` channels."""
+    if len(heads) != 2 or min(heads) < 0 or sum(heads) != width:
+        shown = " ".join(map(str, heads))
+        raise UserError(f"--heads {shown}: give two numbers of channels that add up to {width}")
 
 
 def freeze(net: nn.Module) -> nn.Module:
@@ -224,6 +229,7 @@ class PixelDiscriminator(Discriminator):
     be read, would send every clip type back through the whole backbone.
     """
 
+    SMALLEST = 32  # side of a frame that leaves the coarsest of the backbone's maps a place
     FRAMES = 4  # that go through the backbone together, which bounds memory: 1.6 TFLOP each at 512x512
 
     def __init__(
@@ -232,8 +238,10 @@ class PixelDiscriminator(Discriminator):
         heads: tuple[int, int] = HEADS,
         width: int = WIDTH,
         checkpointing: bool = False,
+        shift: int = 0,
     ):
         super().__init__(backbone, checkpointing)
+        self.shift = shift
         self.projections = nn.ModuleList(nn.Conv2d(c, width, 1) for c in backbone.feature_info.channels())
         self.tail = Tail(width, heads, width)
         # CLIP's normalisation, for a range of [-1, 1].
@@ -246,7 +254,15 @@ class PixelDiscriminator(Discriminator):
         return cls(convnext(name), **options)
 
     def embed(self, clip: Tensor) -> list[Tensor]:
-        """clip (b t 3 H W) in [-1, 1] -> the maps of the stages (b t c h w), fine to coarse."""
+        """clip (b t 3 H W) in [-1, 1] -> the maps of the stages (b t c h w), fine to coarse.
+
+        All frames lose the same rows above and columns at the left, at random up to `shift` of each.
+        """
+        # Choice: off, but for tiny. The stem cuts frames into cells of 4x4 pixels, whose borders lie where
+        # those of the student's own upsampled cells do. A weak backbone is blind to what happens on these
+        # borders, and the student hides a grid there; moving the cut shows it.
+        above, left = torch.randint(self.shift + 1, (2,), device="cpu").tolist()
+        clip = clip[..., above:, left:]
         frames = rearrange((clip - self.mean) / self.std, "b t c h w -> (b t) c h w")
         parts = [
             maybe_checkpoint(self.backbone.checkpointing, self.stages, part)
@@ -255,9 +271,10 @@ class PixelDiscriminator(Discriminator):
         return [rearrange(torch.cat(level), "(b t) c h w -> b t c h w", b=len(clip)) for level in zip(*parts)]
 
     def stages(self, frames: Tensor) -> list[Tensor]:
-        """The backbone's maps, normalised over channels, as its own next layer reads them."""
+        """The backbone's maps, normalised over channels, much as its own next layer reads them."""
         maps = [rearrange(x, "n c h w -> n h w c") for x in self.backbone(frames)]
-        maps = [F.layer_norm(x, x.shape[-1:], eps=EPSILON).to(x.dtype) for x in maps]
+        dtype = maps[-1].dtype  # autocast keeps the first in float32: the largest, and for no use
+        maps = [F.layer_norm(x, x.shape[-1:], eps=EPSILON).to(dtype) for x in maps]
         return [rearrange(x, "n h w c -> n c h w") for x in maps]
 
     def judge(self, maps: list[Tensor]) -> Scores:

@@ -194,7 +194,8 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
         if device.startswith("cuda"):
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
         else:
-            dtype = "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+            told = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+            dtype = "bfloat16" if told.get("amx_bf16") else "float32"
     return device, getattr(torch, dtype)
 
 

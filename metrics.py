@@ -424,9 +424,10 @@ def validate(student, teacher, clips: Iterable, pictures: Path, step: int) -> di
     pictures.mkdir(parents=True, exist_ok=True)
     for name, hr, lr in clips:
         lr = to_network(rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").to(device))
+        sides = [F.interpolate(lr[0], scale_factor=float(SCALE), mode="bicubic")]
         with torch.autocast(device.type, torch.bfloat16):
-            sides = [F.interpolate(lr[0], scale_factor=float(SCALE), mode="bicubic"), student(lr)[0]]
-            sides += [teacher(lr)[0]] if teacher else []
+            sides += [student(lr)[0]]
+        sides += [teacher(lr)[0]] if teacher else []
         bicubic, sr, *others = (to_uint8(side.float()).cpu() for side in sides)
         hr = rearrange(torch.from_numpy(hr), "t h w c -> t c h w")
         scores["psnr"].append(psnr(sr, hr).mean().item())
@@ -438,6 +439,13 @@ def validate(student, teacher, clips: Iterable, pictures: Path, step: int) -> di
         picture = rearrange(torch.cat(columns, dim=-1), "c h w -> h w c")
         imageio.imwrite(pictures / f"{name}_{step:06d}.png", picture.numpy())
     return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def load_dists(name: str) -> DISTS | None:
+    """The network of the loss: pretrained, seeded (no judge, but no download) or none."""
+    if name not in ("pretrained", "seeded", "none"):
+        raise UserError(f"--dists {name}: give pretrained, seeded or none")
+    return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
 
 
 def dists_loss(dists: "DISTS", pred: Tensor, target: Tensor) -> Tensor:

@@ -244,6 +244,10 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(
+            x
+        ):  # at a stream's start no frame has come as deep as this yet; CUDA's kernels refuse none
+            return x
         q, k, v = (
             rearrange(f(x), "n l (m d) -> n m l d", m=self.heads) for f in (self.to_q, self.to_k, self.to_v)
         )
@@ -652,10 +656,11 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
 
     def compile_blocks(self) -> None:
         """torch.compile for every resnet and transformer block; what looks along time stays as it is."""
-        torch._dynamo.config.recompile_limit = 64  # all blocks share their code, and each width is another
+        # All blocks share their code, and each width is another version of it, with and without gradients.
+        torch._dynamo.config.recompile_limit = 256
         for module in self.modules():
             if isinstance(module, ResnetBlock | TransformerBlock):
-                module.compile()
+                module.compile(dynamic=False)
 
     # --------------------------------------------------------------------------------------------------
     # Weights from elsewhere
@@ -734,12 +739,22 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, below), mode="reflect" if below < h else "replicate")
 
 
+class PassedOver:
+    """Stands in for a class of which a checkpoint holds more than is needed here."""
+
+    # Lightning's callback, the one thing in AdcSR's halfDecoder.ckpt that is neither tensor nor plain value.
+    NAMES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+
+
 def read_pickle(path: str | Path, trust: bool) -> dict:
     """A PyTorch pickle; without `trust` nothing in it is executed. Raises `WeightsError`."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=not trust)
+        with torch.serialization.safe_globals([(PassedOver, name) for name in PassedOver.NAMES]):
+            state = torch.load(path, map_location="cpu", weights_only=not trust)
     except FileNotFoundError as error:
         raise WeightsError(f"{path}: no such file. AdcSR's repository says where to download it.") from error
+    except ModuleNotFoundError as error:
+        raise WeightsError(f"{path}: holds an object of {error.name}; pip install {error.name}") from error
     except Exception as error:  # a pickle can fail in any way
         if "Unsupported global" in str(error):
             way_out = "If you trust its source, add --trust-pickle."

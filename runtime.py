@@ -36,6 +36,8 @@ def run(main: Callable[[], None]) -> None:
     """main(), a `UserError` shown as one line with exit status 2, Ctrl-C with 130; other errors are bugs."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -131,6 +133,13 @@ def parse_config(presets: dict[str, typing.Any], description: str | None, argv: 
     )
 
 
+def require_positive(config, names: str) -> None:
+    """`UserError` where one of these settings is below 1."""
+    for name in names.split():
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give 1 or more")
+
+
 def plain_type(hint) -> type:
     """int of `int`, str of `str | None`."""
     if isinstance(hint, types.UnionType):
@@ -176,9 +185,19 @@ def save_checkpoint(out: str | Path, step: int, write: Callable[[Path], None], k
     return final
 
 
+def read_training_state(folder: Path, mmap: bool = False) -> dict:
+    """train.pt of a checkpoint: "step", "config" and more. mmap: tensors stay on disk until they are used."""
+    path = folder / "train.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return {"step": state["step"], "config": dict(state["config"])} | state
+    except Exception as error:  # cut short, or another program's: many kinds
+        raise UserError(f"{path}: damaged, or not of a training run. Copy the checkpoint again.") from error
+
+
 def load_training_state(folder: Path, config, may_change: frozenset[str]) -> dict:
     """train.pt of a checkpoint. `UserError` if a setting that changes the result differs from `config`."""
-    state = torch.load(folder / "train.pt", map_location="cpu", weights_only=True)
+    state = read_training_state(folder)
     saved, now = state["config"], json.loads(json.dumps(dataclasses.asdict(config)))
     changed = [k for k in now if k not in may_change and saved.get(k) != now[k]]
     if changed:
@@ -286,6 +305,13 @@ def print_cost(networks: dict, tflop: float, samples: int, processes: int) -> No
     days = tflop * samples / (TFLOPS * processes) / 86400
     print(f"{tflop:.3g} TFLOP for a sample and step, what a cache makes once not counted")
     print(f"{samples} samples on {processes} GPUs at {TFLOPS} TFLOP/s each: {days:.1f} days", flush=True)
+
+
+def print_step(world: World, losses: dict[str, torch.Tensor]) -> None:
+    """The last line of --dry-run: one step's losses and the memory it took."""
+    if world.is_main:
+        shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
+        print(f"one step: {shown}; peak memory {peak_memory():.1f} GB")
 
 
 def count_flops(work: Callable[[], object]) -> float:

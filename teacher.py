@@ -468,6 +468,9 @@ def training_clips(cfg, real_types: bool = False) -> TrainingClips | ClipPool | 
     return ClipPool(clips, cfg.pool, cfg.frames, cfg.size, cfg.workers) if pool else clips
 
 
+WITHOUT_FEATURES = "train with --lambda-feature 0 (in stage 2 also --domains pixel)"
+
+
 def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:
     """x -> f, for the targets of Eq. 3; None where they weigh nothing. Raises `TeacherError`."""
     multiple = SCALE * AdcVSR.MULTIPLE
@@ -475,17 +478,17 @@ def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:
         return None
     if student.pixel_skip:
         raise TeacherError(
-            "a student with a pixel skip paints a residual, which has no features: --lambda-feature 0"
+            f"a student with a pixel skip paints a residual, which has no features: {WITHOUT_FEATURES}"
         )
     if cfg.size % multiple:
         raise TeacherError(f"--size {cfg.size}: features need a multiple of {multiple}")
     if cfg.vae == "seeded":
         return FeatureEncoder.seeded(student.config, cfg.seed)
     if not cfg.adcsr:
-        raise TeacherError("feature targets need AdcSR's half decoder: give --adcsr, or --lambda-feature 0")
+        raise TeacherError(f"feature targets need AdcSR's half decoder: give --adcsr, or {WITHOUT_FEATURES}")
     width, ours = (c["decoder_channels"][-1] for c in (STUDENTS["full"], student.config))
     if width != ours:
-        raise TeacherError(f"features of {ours} channels, AdcSR's have {width}: --lambda-feature 0")
+        raise TeacherError(f"features of {ours} channels, AdcSR's have {width}: {WITHOUT_FEATURES}")
     return FeatureEncoder.from_pretrained(cfg.vae, cfg.adcsr[1], cfg.trust_pickle)
 
 

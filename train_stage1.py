@@ -24,7 +24,7 @@ from torch import Tensor
 
 import model
 from data import fixed_clips, loader, micro_batches, to_inputs
-from metrics import DISTS, dists_loss, validate
+from metrics import dists_loss, load_dists, validate
 from model import AdcVSR
 from runtime import (
     Log,
@@ -37,8 +37,9 @@ from runtime import (
     load_training_state,
     newest_checkpoint,
     parse_config,
-    peak_memory,
     print_cost,
+    print_step,
+    require_positive,
     run,
     save_checkpoint,
     setting,
@@ -134,8 +135,8 @@ def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -
     totals: dict[str, Tensor] = {}
     for clips in batch:
         clips = to_inputs(clips)
+        x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
         with torch.autocast(world.device.type, torch.bfloat16):
-            x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
 
@@ -183,13 +184,13 @@ def cost(cfg: Config, student, encoder, dists) -> float:
 
 def main(cfg: Config) -> None:
     # world
+    require_positive(cfg, "frames size batch micro_batch save_every log_every validate_every")
     world = init_world()
     torch.manual_seed(cfg.seed)  # the same initial weights on every rank
     # networks
     student = new_student(cfg)
     student.unet.checkpointing = cfg.checkpointing
-    encoder = load_encoder(cfg, student)
-    dists = {"none": lambda: None, "seeded": DISTS.seeded, "pretrained": DISTS.from_pretrained}[cfg.dists]()
+    encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, cfg.prompt_embedding, world.device)
     if cfg.dry_run and world.is_main:
         nets = {"student": student, "encoder": encoder, "dists": dists}
@@ -212,6 +213,7 @@ def main(cfg: Config) -> None:
         student.load_state_dict(AdcVSR.from_pretrained(folder).state_dict())
         optimiser.load_state_dict(state["optimiser"])
         step = state["step"]
+        del state  # gigabytes
 
     def write(folder: Path) -> None:
         student.save_pretrained(folder)
@@ -233,11 +235,10 @@ def main(cfg: Config) -> None:
         parts = micro_batches(batch, cfg.micro_batch, world.device)
         losses = train_step(parts, student, teacher, encoder, dists, optimiser, world, cfg)
         if cfg.dry_run:
-            shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
-            return print(f"one step: {shown}; peak memory {peak_memory():.1f} GB")
+            return print_step(world, losses)
         meter.step(step, losses, lr=learning_rate(step, cfg))
 
-        if world.is_main and (step % cfg.validate_every == 0 or step == cfg.steps):
+        if held_out and (step % cfg.validate_every == 0 or step == cfg.steps):
             scores = validate(student, teacher, held_out, out / "pictures", step)
             log.write(step, **scores)
             print(f"step {step}: student {scores['psnr']:.3f} dB, bicubic {scores['psnr_bicubic']:.3f} dB")

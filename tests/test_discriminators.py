@@ -391,6 +391,18 @@ def test_the_fine_maps_of_the_tiny_backbone_show_edges_and_not_flat_colour():
     assert all((a - b).abs().max() > 0.5 for a, b in zip(d.embed(black), d.embed(red)))
 
 
+def test_a_shift_cuts_all_frames_alike_at_random_by_up_to_that_many_pixels():
+    plain, shifted = discriminator("pixel"), discriminator("pixel", shift=2)
+    x = clip("pixel", 2, 3, 40, 48)
+    expected = [plain.embed(x[..., above:, left:])[0] for above in range(3) for left in range(3)]
+    seen = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        maps = shifted.embed(x)[0]
+        seen += [i for i, e in enumerate(expected) if e.shape == maps.shape and torch.allclose(e, maps)]
+    assert len(seen) == 40 and set(seen) == set(range(9))
+
+
 def test_the_backbone_gets_clips_normalised_as_clip_wants_them():
     d = discriminator("pixel")
     seen = []

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -545,6 +546,29 @@ def test_an_official_file_that_does_not_fit_is_one_line_with_the_key(pair, file,
     with pytest.raises(WeightsError) as error:
         load()
     assert file in one_line(error) and key.removeprefix("module.").removeprefix("decoder.") in one_line(error)
+
+
+@torch.no_grad()
+def test_the_official_half_decoder_needs_neither_lightning_nor_trust(pair, monkeypatch):
+    """It holds a class of Lightning's as a key, as Lightning's own checkpoints do."""
+    net, _, decoder, load = pair
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    decoder["callbacks"] = {module.ModelCheckpoint: {"best_model_score": torch.zeros(1)}}
+    read = AdcVSR.from_adcsr
+
+    def without_lightning(*args, **kwargs):
+        for package in packages:
+            monkeypatch.delitem(sys.modules, package)
+        return read(*args, **kwargs)
+
+    packages = name, "pytorch_lightning", "pytorch_lightning.callbacks"
+    for package in packages:  # for the pickle to be written, no longer
+        monkeypatch.setitem(sys.modules, package, module)
+    monkeypatch.setattr(AdcVSR, "from_adcsr", without_lightning)
+    lr = clip()
+    assert distance(load()(lr), net(lr)) < 1e-6
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ from runtime import (
     load_training_state,
     newest_checkpoint,
     parse_config,
+    read_training_state,
+    require_positive,
     save_checkpoint,
     setting,
 )
@@ -239,6 +241,22 @@ def test_the_same_settings_and_those_that_may_change_are_accepted(tmp_path):
     assert load_training_state(folder, Config(halve_at=(1, 2)), frozenset())["step"] == 3
     longer = Config(halve_at=(1, 2), steps=99, fast=True)
     assert load_training_state(folder, longer, frozenset({"steps", "fast"}))["step"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", None])
+def test_a_damaged_or_foreign_state_is_one_line(tmp_path, content):
+    path = tmp_path / "train.pt"
+    path.write_bytes(content) if content is not None else torch.save([1, 2], path)
+    for mmap in False, True:
+        with pytest.raises(UserError, match="train.pt: damaged, or not of a training run") as error:
+            read_training_state(tmp_path, mmap)
+        assert "\n" not in str(error.value)
+
+
+def test_a_count_below_one_names_its_flag():
+    require_positive(Config(), "steps")
+    with pytest.raises(UserError, match="^--steps 0: give 1 or more$"):
+        require_positive(Config(steps=0), "steps")
 
 
 def test_changed_settings_are_refused_by_name_with_both_values(tmp_path):

@@ -433,7 +433,7 @@ def start(launcher: list[str], *args, cwd: Path | None = None) -> subprocess.Pop
     """The command in a process group of its own, on the CPU, one thread a process."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, str(ROOT / "train_stage1.py"), *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     return subprocess.Popen(command, env=env, cwd=cwd, **pipes)
 
 
@@ -496,12 +496,13 @@ def test_a_checkpoint_holds_the_student_as_it_was_trained(tmp_path):
 
 
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
-    """Between two steps: exit status 0, no half checkpoint, a log of every step up to the saved one."""
-    command = [*SMALL, "--steps", 10_000, "--save-every", 10_000, "--out", tmp_path]
+    """Between two steps: exit status 0, no half checkpoint, a log of every step up to the saved one. The whole
+    group gets the signal, workers too, as from torchrun."""
+    command = [*SMALL, "--steps", 10_000, "--save-every", 10_000, "--workers", 1, "--out", tmp_path]
     process = start(ALONE, *command)
     while "step 2/" not in process.stdout.readline() and process.poll() is None:
         pass
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     finish(process)
     (checkpoint,) = [name for name in names(tmp_path) if name.startswith("step")]
     step = int(checkpoint.removeprefix("step_"))

@@ -3,6 +3,7 @@ the paper's ablations, and runs that end alike whatever happens to them on the w
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from test_train_stage1 import (  # noqa: F401 (on_the_cpu is a fixture, for ever
     ALONE,
     MICRO,
     OFFLINE,
+    TOGETHER,
     WORLD,
     assert_same_checkpoint,
     finish,
@@ -35,7 +37,7 @@ from data import TrainingClips, as_tensor, loader, micro_batches, real_clips
 from discriminators import LABELS, FeatureDiscriminator, PixelDiscriminator
 from metrics import DISTS
 from model import AdcVSR
-from runtime import UserError, World, count_flops, load_training_state, newest_checkpoint
+from runtime import UserError, World, count_flops, load_training_state, newest_checkpoint, parse_config
 from teacher import FeatureEncoder, write_clip
 from train_stage2 import (
     MAY_CHANGE,
@@ -410,7 +412,7 @@ def test_init_is_the_newest_checkpoint_of_a_folder_or_the_one_named(cfg, tmp_pat
 def test_without_a_checkpoint_of_stage_1_there_is_one_line(cfg, tmp_path):
     with pytest.raises(UserError) as error:
         main(replace(cfg, init=str(tmp_path / "absent")))
-    assert "absent: no checkpoint of stage 1. Run train_stage1.py first" in str(error.value)
+    assert "absent: no checkpoint of stage 1. Run train_stage1.py with the same --preset" in str(error.value)
     assert "--init" in str(error.value) and "\n" not in str(error.value)
     assert not Path(cfg.out).exists()
 
@@ -495,6 +497,21 @@ ABLATIONS = {
 }
 
 
+def test_every_row_of_the_readmes_table_is_a_command():
+    """Its flags, those of stage 1 and of stage 2, are ones that the scripts take and that change something."""
+    text = (ROOT / "README.md").read_text().split("row by row")[1].split("Not here:")[0]
+    rows = [row.split("|")[1:3] for row in text.splitlines() if "`--" in row]
+    assert len(rows) > 10
+    for name, commands in rows:
+        for flags in re.findall(r"`(--[^`]*)`", commands):
+            scripts = [
+                s for s, said in ((train_stage1, "stage 1"), (train_stage2, "stage 2")) if said in commands
+            ]
+            for script in scripts or (train_stage1, train_stage2):  # "both stages"
+                parsed = parse_config(script.PRESETS, "", flags.split())
+                assert parsed != script.PRESETS["full"], (name, flags)
+
+
 @pytest.mark.parametrize(("student", "changes", "scores"), ABLATIONS.values(), ids=ABLATIONS)
 def test_every_row_of_the_ablations_is_one_setting(cfg, cache, tmp_path, student, changes, scores):
     if student:
@@ -545,21 +562,48 @@ def test_doves_videos_are_the_target_and_may_be_the_real_videos(cfg, dove):  # n
     [
         ({"heads": (48, 17)}, "--heads 48 17: give two numbers of channels that add up to 64"),
         ({"heads": (64,)}, "add up to 64"),
-        ({"procedural": 0.5, "videos": ".", "images": ""}, "both for Eq. 5"),
+        ({"procedural": 0.5, "videos": ".", "images": ""}, "clip types 4 and 5 of Eq. 5 are photos"),
         ({"lambda_feature": 0.0}, "--domains feature: give pixel, or feature with a --lambda-feature above"),
         ({"domains": ("pixels",)}, "--domains pixels: give pixel, or feature"),
         ({"labels": "half"}, "--labels half: there are full, single, three_types, detailed_video"),
         ({"real_video": "none"}, "--real-video none: give data or teacher"),
         ({"backbone": "convnext_of_nobody"}, "--backbone convnext_of_nobody"),
         ({"frames": 1}, "2 frames to permute"),
+        ({"dists": "half"}, "--dists half: give pretrained, seeded or none"),
+        ({"micro_batch": 0}, "--micro-batch 0: give 1 or more"),
+        ({"shift": 33}, "--shift 33: D_pixel needs 32 pixels of --size 64"),
+        ({"shift": -1}, "--shift -1: "),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
 )
-def test_bad_settings_are_one_line_before_any_work(cfg, changes, says):
+def test_bad_settings_are_one_line_before_any_work(cfg, changes, says, monkeypatch):
+    if "procedural" not in changes and "frames" not in changes:  # datasets come after the networks
+        monkeypatch.setattr(train_stage2, "load_teacher", lambda *_: pytest.fail("the teacher is large"))
     with pytest.raises(UserError) as error:
         main(replace(cfg, **changes))
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not Path(cfg.out).exists()
+
+
+def test_a_folder_without_photos_names_the_types_that_need_them(cfg, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "clip.mp4").touch()
+    folders = {"videos": str(tmp_path), "images": str(tmp_path / "empty")}
+    with pytest.raises(UserError, match="clip types 4 and 5 of Eq. 5 are photos.*--procedural 1") as error:
+        main(replace(cfg, procedural=0.5, **folders))
+    assert str(tmp_path / "empty") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_student_of_another_width_than_adcsrs_decoder_is_one_line(cfg):
+    with pytest.raises(UserError, match=r"features of 24 channels, AdcSR's have 256: .*--domains pixel"):
+        main(replace(cfg, vae="sd21", adcsr=("net_params_200.pkl", "halfDecoder.ckpt")))
+
+
+def test_another_teacher_leaves_stage_1s_cache_and_prompt_behind(cfg, tmp_path):
+    known = {"teacher": "DOVE", "prompt_embedding": "empty.safetensors", "teacher_cache": "cache"}
+    folder = write_stage1(tmp_path / "step_000001", known | {"vae": "sd21"})
+    other = stage_one(replace(cfg, init=str(folder), teacher="gt", vae=""))
+    assert (other.teacher, other.prompt_embedding, other.teacher_cache, other.vae) == ("gt", "", "", "sd21")
 
 
 def test_a_student_without_features_has_no_feature_losses(cfg, tmp_path):
@@ -569,21 +613,22 @@ def test_a_student_without_features_has_no_feature_losses(cfg, tmp_path):
 
 
 def test_a_discriminator_that_has_won_is_named_once_in_a_while(capsys):
-    def scores(gap: float) -> dict[str, torch.Tensor]:
+    def scores(gap: float) -> dict[str, float]:
         means = {f"pixel/{kind}/{head}": 0.0 for kind in LABELS for head in HEADS} | {"disc_pixel": 1.0}
         for kind in "image", "random_images":  # what is real to the detail head
             means[f"pixel/{kind}/detail"] = gap
-        return {name: torch.tensor(value) for name, value in means.items()}
+        return means
 
     watch = Separation("full")
-    for step in range(1, PATIENCE):
+    for step in range(10, PATIENCE, 10):  # each tenth step has a line in the log
         watch.step(step, scores(SEPARATION + 1))
     watch.step(PATIENCE, scores(SEPARATION - 1))  # the count begins anew
     assert capsys.readouterr().out == ""
-    for step in range(1, 2 * PATIENCE + 2):
+    for step in range(PATIENCE + 10, 3 * PATIENCE + 20, 10):
         watch.step(step, scores(SEPARATION + 1))
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"step {PATIENCE}: ") and second.startswith(f"step {2 * PATIENCE}: ")
+    assert first.startswith(f"step {2 * PATIENCE + 10}: ")
+    assert second.startswith(f"step {3 * PATIENCE + 10}: ")
     assert "pixel detail is winning" in first and "--lr-disc" in first and "consistency" not in first
 
 
@@ -591,17 +636,17 @@ def test_with_one_head_for_all_what_is_real_follows_its_own_labels(capsys):
     """Unrelated images are real to the detail head of Eq. 5, and fake where there is one question for all."""
     high = {"pixel/image/detail": 3.0, "pixel/random_images/detail": -3.0, "pixel/student/detail": -3.0}
     full, single = Separation("full"), Separation("single")
-    for step in range(PATIENCE):
-        full.step(step, {name: torch.tensor(value) for name, value in high.items()})
-        single.step(step, {name: torch.tensor(value) for name, value in high.items()})
-    assert capsys.readouterr().out.count("6.0 apart") == 1
+    for step in 1, PATIENCE + 1:
+        full.step(step, high)
+        assert capsys.readouterr().out == ""
+        single.step(step, high)
+    assert "detail is winning" in capsys.readouterr().out
 
 
 def test_scores_are_shown_by_type_detail_before_consistency(capsys):
     means = {"pixel/student/detail": -0.5, "pixel/student/consistency": 0.25, "loss": 1.0}
     means |= {"pixel/video/consistency": 2.0, "feature/image/detail": 0.25}
     print_scores(means, ["pixel", "feature"])
-    print_scores({}, ["pixel"])  # a step without a line in the log
     assert capsys.readouterr().out.splitlines() == [
         "  D_pixel: student -0.50/+0.25  video +2.00",
         "  D_feature: image +0.25",
@@ -660,6 +705,18 @@ def test_smoke_follows_the_smoke_of_stage_1_in_an_empty_folder(tmp_path):
     assert names(tmp_path) == ["runs"]
     made = names(tmp_path / PRESETS["smoke"].out)
     assert made == ["log.jsonl", "pictures", "step_000003", "step_000006"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_torchrun_resume_exactly(stage1, tmp_path):
+    command = [*"--preset smoke --frames 2 --save-every 1 --log-every 1 --validate-every 2".split()]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for out, steps in ((straight, 2), (resumed, 1), (resumed, 2)):
+        said = finish(start(TOGETHER, *command, "--init", stage1, "--steps", steps, "--out", out))
+        assert said.count("2 x cpu") == 1 and said.count("D_feature: student") == (
+            2 if out == straight else 1
+        )
+    assert_same_run(straight / "step_000002", resumed / "step_000002")
 
 
 @pytest.mark.slow
