@@ -244,9 +244,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not len(
-            x
-        ):  # at a stream's start no frame has come as deep as this yet; CUDA's kernels refuse none
+        if not len(x):  # at a stream's start no frame has come this deep, and CUDA's kernels refuse none
             return x
         q, k, v = (
             rearrange(f(x), "n l (m d) -> n m l d", m=self.heads) for f in (self.to_q, self.to_k, self.to_v)

@@ -229,7 +229,7 @@ def test_impossible_requests_are_one_line_each(wrong):
 
 
 def test_real_types_need_images(folders):
-    with pytest.raises(DataError, match="Eq. 5"):
+    with pytest.raises(DataError, match="types 4 and 5 of Eq. 5 are photos; --procedural 1 needs no files"):
         TrainingClips(folders["videos"], None, **SMALL, real_types=True)
 
 

@@ -723,6 +723,19 @@ def test_a_frame_that_does_not_fit_into_memory_ends_the_stream(part):
         streamed(net, lr, 8)
 
 
+def test_a_stream_asks_attention_for_no_empty_batch(monkeypatch):
+    """CUDA's kernels raise an error where those of the CPU return an empty result."""
+    attention = F.scaled_dot_product_attention
+
+    def refusing(q, *args, **options):
+        assert len(q), "batch size must be positive"
+        return attention(q, *args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", refusing)
+    net = AdcVSR(**SMALL)
+    assert sum(sr.shape[1] for sr in net.stream(clip(t=4).split(1, dim=1))) == 4
+
+
 @torch.no_grad()
 def test_doubled_convolutions_stream_too_and_attention_says_that_it_cannot():
     lr = clip(t=9, dtype=torch.float64)

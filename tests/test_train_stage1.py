@@ -496,8 +496,10 @@ def test_a_checkpoint_holds_the_student_as_it_was_trained(tmp_path):
 
 
 def test_sigterm_saves_and_leaves_and_the_same_command_goes_on(tmp_path):
-    """Between two steps: exit status 0, no half checkpoint, a log of every step up to the saved one. The whole
-    group gets the signal, workers too, as from torchrun."""
+    """Between two steps: exit status 0, no half checkpoint, a log of every step up to the saved one.
+
+    The whole group gets the signal, workers too, as from torchrun.
+    """
     command = [*SMALL, "--steps", 10_000, "--save-every", 10_000, "--workers", 1, "--out", tmp_path]
     process = start(ALONE, *command)
     while "step 2/" not in process.stdout.readline() and process.poll() is None:
