@@ -110,7 +110,8 @@ def mean_scores(scores: Scores) -> dict[str, Tensor]:
 class Tail(nn.Module):
     """Three convolutions, 2D, 1D, 2D, then the heads: x (b t c h w) -> `Scores` on the same grid.
 
-    Paper: Sec. 3.3, "three additional alternating 2D and 1D convolutional layers".
+    Paper: Sec. 3.3, "three additional alternating 2D and 1D convolutional layers". Choice: three layers, not
+    three pairs, so that a score sees three frames; kernels of 3, no normalisation.
     """
 
     def __init__(self, c_in: int, heads: tuple[int, int], width: int):
@@ -204,7 +205,7 @@ def tiny_convnext() -> nn.Module:
     """A ConvNeXt for two CPU cores with random weights, always the same; see `convnext`.
 
     Choice: orthogonal weights, and a stem blind to flat colour, which would drown the edges that are to be
-    judged. So made, a tail learns to tell sharp from blurred in some ten steps; timm's start takes hundreds.
+    judged. timm's own start, near zero, teaches a tail far more slowly.
     """
     import timm
 
@@ -225,8 +226,11 @@ class PixelDiscriminator(Discriminator):
     """Judges x (b t 3 H W) in [-1, 1] on the grid H/8, through a ConvNeXt that never changes. H, W >= 32.
 
     Choice: all four stages of the backbone, from texture to meaning, each through a 1x1 convolution onto the
-    grid of the second, where they add up. The stem stays frozen: training it, as "first convolutions" might
-    be read, would send every clip type back through the whole backbone.
+    grid of the second, where they add up. With scores on the clip's own grid, as the paper has it, one tensor
+    of the tail would take 6.7 GB. The stem stays frozen: training it, as "first convolutions" might be read,
+    would send every clip type back through the whole backbone.
+
+    shift: rows and columns that clips lose at random, up to so many; see `embed`.
     """
 
     SMALLEST = 32  # side of a frame that leaves the coarsest of the backbone's maps a place
@@ -294,6 +298,7 @@ class FeatureDiscriminator(Discriminator):
     """Judges features f (b t c h w), as f_S and f_T, on their own grid, through stage 1's UNet, frozen.
 
     unet: the student's; it is copied. It sees time, so that every type of clip has to go through it.
+    Choice: its frozen last convolution stays, whose 256 channels are what the tail reads.
     """
 
     def __init__(

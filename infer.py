@@ -45,8 +45,8 @@ from video import (
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
-    "note: weights/tiny is a small demonstration. Full quality: --weights FOLDER_OR_HUB_ID, or frame by frame "
-    "--adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
+    "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
+    "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
 )
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
 CONTEXT = 4  # Choice: frames that a window of --window shares with either neighbour

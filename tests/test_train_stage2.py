@@ -594,7 +594,7 @@ def test_a_folder_without_photos_names_the_types_that_need_them(cfg, tmp_path):
 
 
 def test_a_student_of_another_width_than_adcsrs_decoder_is_one_line(cfg):
-    with pytest.raises(UserError, match=r"features of 24 channels, AdcSR's have 256: .*--domains pixel"):
+    with pytest.raises(UserError, match=r"features of 8 channels, AdcSR's have 256: .*--domains pixel"):
         main(replace(cfg, vae="sd21", adcsr=("net_params_200.pkl", "halfDecoder.ckpt")))
 
 
