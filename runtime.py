@@ -265,7 +265,7 @@ class Meter:
         the means are returned. Raises `UserError` for a value that is not finite."""
         for name, value in values.items():
             if not math.isfinite(value):
-                way_out = "The last checkpoint is kept; try a lower --lr."
+                way_out = "The last checkpoint is kept; try a lower learning rate."
                 raise UserError(f"step {step}: {name} is {float(value)}. {way_out}")
             self.totals[name] = self.totals.get(name, 0.0) + float(value)
         self.count += 1

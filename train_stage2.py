@@ -127,7 +127,7 @@ INHERITED = ("adcsr", "teacher", "prompt_embedding", "teacher_cache", "vae")  # 
 # random backbone they ask for more than a small student can do: at lambda_adv = 1 it answers with noise.
 TINY = Config(
     domains=("pixel",), heads=(48, 16), width=64, backbone="tiny", shift=7, teacher="gt", dists="none",
-    lambda_feature=0.0, lambda_adv=0.01, procedural=0.1, frames=6, size=160, batch=2, pool=400, steps=2400,
+    lambda_feature=0.0, lambda_adv=0.01, procedural=0.1, frames=6, size=160, batch=2, pool=400, steps=2000,
     halve_at=(1600,), lr_disc=1e-3, checkpointing=False, save_every=200, validate_every=200, workers=2,
 )  # fmt: skip
 PRESETS = {
