@@ -196,8 +196,8 @@ def convnext(name: str = BACKBONE, pretrained: bool = True) -> nn.Module:
         reason = " ".join(str(error).split())[:150]
         cache = huggingface_hub.constants.HF_HUB_CACHE
         raise UserError(
-            f"--backbone {name}: cannot load it from {cache} or the Hugging Face hub ({reason}). Connect once, "
-            "copy that cache from another machine (HF_HOME moves it), or do without: --domains feature."
+            f"--backbone {name}: cannot load it from {cache} or the Hugging Face hub ({reason}). Connect "
+            "once, copy that cache from another machine (HF_HOME moves it), or do without: --domains feature."
         ) from error
 
 
