@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,7 +26,7 @@ from discriminators import BACKBONE
 from runtime import UserError, World, count_flops, peak_memory, run
 
 ROOT = Path(__file__).parent
-WORK = "quality heads long memory infer degrade data metrics train1 train2".split()
+WORK = "quality long memory infer degrade data metrics train1 train2".split()
 SIZES = ((128, 96), (320, 240), (640, 360))  # LR width and height
 
 
@@ -51,41 +51,6 @@ def machine() -> str:
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def bench_quality(videos: str, images: str, weights: str, picture: str | None) -> None:
-    """PSNR, SSIM and E*_warp of bicubic and of the weights on data.py's held-out clips, 25x256x256.
-
-    E*_warp is under OpenCV's DIS flow, corrected convention. picture: bicubic | ours | HR of some frames.
-    """
-    from data import validation_clips
-    from infer import as_frames, as_network, choose_device_and_dtype
-    from metrics import dis_flow, psnr, ssim, warping_errors
-    from model import SCALE, AdcVSR
-
-    device, dtype = choose_device_and_dtype("auto", "auto")
-    net = AdcVSR.from_pretrained(weights).to(device, dtype).to(memory_format=torch.channels_last).eval()
-    rows, panels = [], []
-    print(f"{weights}, {str(dtype)[6:]}, {machine()}")
-    print(f"{'':30} PSNR bicubic/ours   SSIM bicubic/ours   E*_warp HR/bicubic/ours")
-    for name, hr, lr in validation_clips(videos, images):
-        x = as_network(list(lr), device)
-        with torch.no_grad():
-            ours = as_frames(net(x[None])[0])
-        bicubic = as_frames(F.interpolate(x, scale_factor=float(SCALE), mode="bicubic"))
-        hr, bicubic, ours = (
-            rearrange(torch.from_numpy(c), "t h w c -> t c h w") for c in (hr, bicubic, ours)
-        )
-        row = [judge(c, hr).mean().item() for judge in (psnr, ssim) for c in (bicubic, ours)]
-        row += [warping_errors(c, dis_flow).mean().item() for c in (hr, bicubic, ours)]
-        rows.append(row)
-        print(line(name, row), flush=True)
-        panels.append(torch.cat([c[12] for c in (bicubic, ours, hr)], dim=-1))
-    if not rows:
-        raise UserError(f"{videos}, {images}: none of the held-out files that data.py names (HELD_OUT_*)")
-    print(line("mean", np.mean(rows, axis=0)))
-    if picture:
-        imageio.imwrite(picture, rearrange(torch.cat(panels, dim=-2), "c h w -> h w c").numpy())
-
-
 def high_frequencies(clip: torch.Tensor) -> torch.Tensor:
     """What LR has no room for: luma's spectrum (t n) above 1/8 cycle a pixel; clip (t 3 h w) uint8."""
     from degrade import SCALE
@@ -98,55 +63,63 @@ def high_frequencies(clip: torch.Tensor) -> torch.Tensor:
     return spectrum[:, torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)) > 0.5 / SCALE]
 
 
-def bench_heads(videos: str, images: str, weights: list[str], picture: str | None) -> None:
-    """What stage 2 changes: PSNR, detail and E*_warp of several students, on clips that training never saw.
-
-    Detail: energy of the high frequencies over that in HR. Match: their correlation with HR's, which noise
-    and invented texture have none of. E*_warp: on procedural clips under their exact flow, else under DIS.
-    picture: bicubic | each student | HR of some clips, the middle frame above its middle row over time.
-    """
+def unseen_clips(videos: str, images: str) -> Iterator[tuple]:
+    """(kind, name, hr (t h w 3), lr, what `warping_errors` takes) of clips that training never sees."""
     from data import DEGRADE, as_tensor, generator, procedural_clip, validation_clips
-    from degrade import SCALE, degrade
-    from infer import as_frames, as_network
-    from metrics import dis_flow, psnr, row_over_time, warping_errors
-    from model import AdcVSR
+    from degrade import degrade
+    from metrics import dis_flow
 
-    students = {name: AdcVSR.from_pretrained(name).eval() for name in weights}
-    clips = {"procedural": [], "held-out": []}
+    for name, hr, lr in validation_clips(videos, images):
+        yield "held-out", name, hr, lr, {"flow": dis_flow}
     for seed in range(1000, 1008):  # of generators that training never asks for
         world = procedural_clip(generator(seed), 25, (256, 256), truth=True)
         flow, visible = as_tensor(world.flow), torch.from_numpy(world.visible)[:, None]
         lr = degrade(world.frames, generator(seed, DEGRADE))
-        clips["procedural"].append((world.frames, lr, {"flow": (flow, flow), "visible": visible}))
-    for _, hr, lr in validation_clips(videos, images):
-        clips["held-out"].append((hr, lr, {"flow": dis_flow}))
+        yield "procedural", str(seed), world.frames, lr, {"flow": (flow, flow), "visible": visible}
 
-    print(f"25x256x256, {machine()}")
-    print(f"{'':34} {'PSNR':>8} {'detail':>8} {'match':>8} {'E*_warp':>8}")
-    panels = []
-    for kind, group in clips.items():
-        rows: dict[str, list] = {name: [] for name in ("bicubic", *students, "HR")}
-        for number, (hr, lr, motion) in enumerate(group):
-            x, hr = as_network(list(lr), "cpu"), as_tensor(hr)
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                sides = {"bicubic": F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")}
-                sides |= {name: net(x[None])[0].float() for name, net in students.items()}
-            sides = {name: as_tensor(as_frames(clip)) for name, clip in sides.items()} | {"HR": hr}
-            wanted = high_frequencies(hr)
-            for name, clip in sides.items():
-                high = high_frequencies(clip)
-                match = (high * wanted.conj()).real.sum() / (high.norm() * wanted.norm())
-                row = [psnr(clip, hr).mean(), high.norm() ** 2 / wanted.norm() ** 2, match]
-                rows[name].append([float(x) for x in (*row, warping_errors(clip, **motion).mean())])
-            if number % 3 == 0:
-                profiles = [row_over_time(c).repeat_interleave(2, dim=1) for c in sides.values()]
-                columns = [torch.cat([c[12], p], dim=1) for c, p in zip(sides.values(), profiles)]
-                panels.append(torch.cat(columns, dim=-1))
-        for name, row in rows.items():
-            mean = "".join(f" {x:8.3f}" for x in np.mean(row, axis=0))
-            print(f"{kind:10} {name[-23:]:23}{mean}", flush=True)
+
+def bench_quality(videos: str, images: str, weights: list[str], picture: str | None) -> None:
+    """PSNR, SSIM, detail and E*_warp of students on clips that training never saw, 25x256x256.
+
+    Detail: energy of the high frequencies over that in HR. Match: their correlation with HR's, which noise
+    and invented texture have none of. E*_warp, corrected: on procedural clips under their exact flow, else
+    under OpenCV's DIS. picture: bicubic | each student | HR of every third clip, frame above row over time.
+    """
+    from data import as_tensor
+    from infer import as_frames, as_network, choose_device_and_dtype, enlarged
+    from metrics import psnr, ssim, strips, warping_errors
+    from model import AdcVSR
+
+    device, dtype = choose_device_and_dtype("auto", "auto")
+    students = {name: AdcVSR.from_pretrained(name).to(device, dtype).eval() for name in weights}
+    for net in students.values():
+        net.to(memory_format=torch.channels_last)
+    print(f"{str(dtype)[6:]}, {machine()}")
+    print(f"{'':54} PSNR     SSIM   detail    match  E*_warp")
+    rows, panels = {}, []
+    for number, (kind, name, hr, lr, motion) in enumerate(unseen_clips(videos, images)):
+        x, hr = as_network(list(lr), device), as_tensor(hr)
+        with torch.no_grad():
+            results = {"bicubic": enlarged(x)} | {name: net(x[None])[0] for name, net in students.items()}
+        sides = {side: as_tensor(as_frames(clip)) for side, clip in results.items()} | {"HR": hr}
+        wanted = high_frequencies(hr)
+        for side, clip in sides.items():
+            high = high_frequencies(clip)
+            match = (high * wanted.conj()).real.sum() / (high.norm() * wanted.norm())
+            row = [psnr(clip, hr).mean(), ssim(clip, hr).mean(), high.norm() ** 2 / wanted.norm() ** 2, match]
+            row = [float(x) for x in (*row, warping_errors(clip, **motion).mean())]
+            rows.setdefault((kind, side), []).append(row)
+            print(line(name, side, row), flush=True)
+        if number % 3 == 0:
+            panels.append(strips(sides.values()))
+    for (kind, side), group in rows.items():
+        print(line(f"mean of {len(group)} {kind}", side, np.mean(group, axis=0)))
     if picture:
         imageio.imwrite(picture, rearrange(torch.cat(panels, dim=1), "c h w -> h w c").numpy())
+
+
+def line(name: str, side: str, row) -> str:
+    return f"{name[-25:]:25} {side[-23:]:23}" + "".join(f" {x:8.3f}" for x in row)
 
 
 def bench_long(images: str, weights: str, frames: int = 120) -> None:
@@ -208,12 +181,6 @@ def bench_memory(lengths: tuple[int, ...] = (400, 2000), width: int = 64, height
             ratio = f"  {peaks[-1] / peaks[0]:.3f} of the first"
             print(f"{length:6} frames  {peaks[-1] / 2**20:8.1f} MB{ratio}", flush=True)
     return peaks
-
-
-def line(name: str, row) -> str:
-    return f"{name[:30]:30} {row[0]:6.2f} / {row[1]:6.2f}   {row[2]:.4f} / {row[3]:.4f}   " + " / ".join(
-        f"{e:5.2f}" for e in row[4:]
-    )
 
 
 def bench_infer(frames: int = 4) -> None:
@@ -428,16 +395,15 @@ def bench_train(stage: int, backbone: str = "", frames: int = 25, size: int = 51
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=WORK)
-    parser.add_argument("--videos", default="datasets/videos", help="for quality, heads and data")
-    parser.add_argument("--images", default="datasets/images", help="for quality, heads, long and data")
+    parser.add_argument("--videos", default="datasets/videos", help="for quality and data")
+    parser.add_argument("--images", default="datasets/images", help="for quality, long and data")
     shipped = [str(ROOT / "weights" / "tiny")]
-    parser.add_argument("--weights", nargs="+", default=shipped, help="for quality and long; heads: several")
-    parser.add_argument("--picture", help="for quality and heads: bicubic | ours | HR, a PNG")
+    parser.add_argument("--weights", nargs="+", default=shipped, help="for quality (several) and long")
+    parser.add_argument("--picture", help="for quality: bicubic | students | HR, a PNG")
     parser.add_argument("--backbone", default=BACKBONE, help="for train2: D_pixel's ConvNeXt")
     args = parser.parse_args()
     work = {
-        "quality": lambda: bench_quality(args.videos, args.images, args.weights[0], args.picture),
-        "heads": lambda: bench_heads(args.videos, args.images, args.weights, args.picture),
+        "quality": lambda: bench_quality(args.videos, args.images, args.weights, args.picture),
         "long": lambda: bench_long(args.images, args.weights[0]),
         "memory": bench_memory,
         "infer": bench_infer,

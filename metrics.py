@@ -412,6 +412,17 @@ def profile_picture(profiles: dict[str, Tensor]) -> np.ndarray:
     return np.concatenate(panels)
 
 
+def strips(sides: Iterable[Tensor]) -> Tensor:
+    """Clips (t 3 h w) side by side, each its middle frame above its middle row over time: (3 h+3t n*w)."""
+    return torch.cat(
+        [
+            torch.cat([side[len(side) // 2], repeat(row_over_time(side), "c t w -> c (t n) w", n=3)], dim=-2)
+            for side in sides
+        ],
+        dim=-1,
+    )
+
+
 @torch.no_grad()
 def validate(student, teacher, clips: Iterable, pictures: Path, step: int) -> dict[str, float]:
     """Mean PSNR in dB over fixed clips, and a picture of each: LR bicubic | student | teacher | HR, the
@@ -432,11 +443,7 @@ def validate(student, teacher, clips: Iterable, pictures: Path, step: int) -> di
         hr = rearrange(torch.from_numpy(hr), "t h w c -> t c h w")
         scores["psnr"].append(psnr(sr, hr).mean().item())
         scores["psnr_bicubic"].append(psnr(bicubic, hr).mean().item())
-        columns = [
-            torch.cat([side[len(side) // 2], repeat(row_over_time(side), "c t w -> c (t n) w", n=3)], dim=-2)
-            for side in (bicubic, sr, *others, hr)
-        ]
-        picture = rearrange(torch.cat(columns, dim=-1), "c h w -> h w c")
+        picture = rearrange(strips((bicubic, sr, *others, hr)), "c h w -> h w c")
         imageio.imwrite(pictures / f"{name}_{step:06d}.png", picture.numpy())
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
