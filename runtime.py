@@ -194,6 +194,16 @@ def init_world() -> World:
 # Flags
 
 
+def parse(presets: dict, description: str | None, argv: list[str] | None = None):
+    """`--preset NAME` (the first if none), then any field of the dataclass as a flag; its comment is its help."""
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets, default=next(iter(presets)))
+    known, rest = first.parse_known_args(argv)
+    return tyro.cli(type(presets[known.preset]), default=presets[known.preset], args=rest, description=description)
+
+
 def parse_config(presets: dict[str, typing.Any], description: str | None, argv: list[str] | None = None):
     """A configuration from the command line: `--preset NAME`, then a flag for every field of the dataclass.
 
