@@ -325,7 +325,7 @@ class Run:
                 run.note(**validate(...))
 
     cfg: `Settings` and more. student: has save_pretrained and from_pretrained. optimiser: the student's.
-    parts: other networks and optimisers. All processes begin with the first one's weights. Raises `UserError`.
+    parts: other networks and optimisers. All processes begin with the first's weights. Raises `UserError`.
     """
 
     def __init__(self, cfg, world: World, student: nn.Module, optimiser, **parts):
