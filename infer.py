@@ -13,11 +13,11 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,12 +25,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 from model import SCALE, AdcVSR, WeightsError, bicubic
-from runtime import UserError, explained, run
+from runtime import UserError, ahead, explained, run
+from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
     CRF,
     IMAGE_SUFFIXES,
@@ -45,6 +47,7 @@ from video import (
     to_clip,
     to_frames,
     to_network,
+    to_uint8,
 )
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
@@ -53,42 +56,41 @@ DEMO_NOTICE = (
     "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
 )
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
-CONTEXT = 4  # Choice: frames that a window of --window shares with either neighbour
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
 
 # --- Command line ------------------------------------------------------------------------------------
 
-# Frame times are fractions: a float of "1.001" would fall before or behind its frame.
-Seconds = Annotated[
-    Fraction,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SECONDS",
-        instance_from_str=lambda words: Fraction(words[0]),
-        is_instance=lambda value: isinstance(value, Fraction),
-        str_from_instance=lambda value: [f"{float(value):g}"],
-    ),
-]
+
+def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1) -> PrimitiveConstructorSpec:
+    """What tyro has no type for, or shows with more types than a user has to know."""
+    return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
+
+
+# Frame times are fractions: as floats, most of them would fall before or behind their frame.
+SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
+FILE = written_as("PATH", lambda words: Path(words[0]))
+TWO_FILES = written_as("NET_PARAMS HALF_DECODER", tuple, 2)
 
 
 @dataclass(frozen=True)
 class Args:
     input: tyro.conf.Positional[tuple[Path, ...]]  # video, folder of frames, image, or folder of clips
     # default: <name>_x4 beside the input; a folder for several inputs
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
-    adcsr: tuple[str, str] | None = None  # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
+    # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
+    adcsr: Annotated[tuple[str, str] | None, TWO_FILES] = None
     chunk: int = CHUNK  # frames a step
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
     color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is fast
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
     crf: int = CRF  # H.264 quality, 0 best, 51 worst
-    x264_preset: Literal["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow",
-                         "slower", "veryslow"] = X264_PRESET  # H.264: time for size  # fmt: skip
-    start: Seconds = Fraction(0)  # seconds to skip
-    duration: Seconds | None = None  # seconds to upscale
+    # of H.264: the slower, the smaller the file
+    x264_preset: Literal["ultrafast", "veryfast", "fast", "medium", "slow", "veryslow"] = X264_PRESET
+    start: Annotated[Fraction, SECONDS] = Fraction(0)  # seconds to skip
+    duration: Annotated[Fraction | None, SECONDS] = None  # seconds to upscale
     compare: bool = False  # also <output>_compare: bicubic left, result right
     dry_run: bool = False  # print the plan and stop
     fresh: bool = False  # forget the finished segments of an interrupted run
@@ -100,7 +102,8 @@ CHANGES_RESULT = "chunk window color dtype device crf x264_preset protocol downs
 
 
 def parse(argv: list[str] | None = None) -> Args:
-    args = tyro.cli(Args, args=argv, description=__doc__.split("\n")[0], config=(tyro.conf.FlagCreatePairsOff,))
+    described = {"description": __doc__.partition("\n")[0], "config": (tyro.conf.FlagCreatePairsOff,)}
+    args = tyro.cli(Args, args=argv, **described)
     wrong = {
         "no input: name a video, a folder of frames, an image, or a folder of clips": not args.input,
         f"--chunk {args.chunk}: give 1 or more": args.chunk < 1,
@@ -170,49 +173,50 @@ def wanted_frames(reader: VideoReader, args: Args) -> Iterator[Frame]:
         yield frame
 
 
-def in_chunks(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
+def in_chunks(frames: Iterator[Frame], size: int, pinned: bool) -> Iterator[tuple[list[Frame], Tensor]]:
+    """`size` frames at a time, and the same as a clip (t 3 h w) uint8: pinned, a GPU fetches it by itself."""
     while chunk := list(islice(frames, size)):
-        yield chunk
+        clip = to_clip([frame.rgb for frame in chunk])
+        yield chunk, clip.pin_memory() if pinned else clip
 
 
-def in_windows(net: AdcVSR, chunks: Iterator[Tensor], window: int) -> Iterator[Tensor]:
-    """The other way through a long clip: windows of `window` frames, each on its own, as training saw clips.
-
-    The outer CONTEXT frames of a window overlap with its neighbours and are cut off. chunks (1 t 3 h w) ->
-    results (1 t 3 4h 4w), in order.
-    """
-    held, skip = None, 0
-    for chunk in chunks:
-        held = chunk if held is None else torch.cat([held, chunk], dim=1)
-        while held.shape[1] >= window:
-            yield net(held[:, :window])[:, skip : window - CONTEXT]
-            held, skip = held[:, window - 2 * CONTEXT :], CONTEXT
-    if held is not None:
-        yield net(held)[:, skip:]
+def fetched(x: Tensor) -> Tensor:
+    """x (...) on the CPU; from a GPU it has arrived when all that was asked of the GPU so far is done."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
 
 
 def super_resolve(
-    net: AdcVSR, chunks: Iterable[list[Frame]], window: int = 0, color: str = "none"
+    net: AdcVSR, chunks: Iterable[tuple[list[Frame], Tensor]], window: int = 0, color: str = "none"
 ) -> Iterator[list[tuple[Frame, np.ndarray]]]:
-    """Chunks of frames -> the frames whose x4 (4h 4w 3) uint8 is ready, each with it, in order."""
+    """What `in_chunks` gives -> the frames whose x4 (4h 4w 3) uint8 is ready, each with it, in order."""
     weight = next(net.parameters())
+    device, dtype = weight.device, str(weight.dtype)[6:]
     waiting: deque[Frame] = deque()  # frames whose result is still to come
 
     def inputs() -> Iterator[Tensor]:
-        for chunk in chunks:
+        for chunk, clip in chunks:
             waiting.extend(chunk)
-            yield to_network(to_clip([f.rgb for f in chunk]).to(weight.device))[None]
+            yield to_network(clip.to(device, non_blocking=True))[None]
 
-    for sr in in_windows(net, inputs(), window) if window else net.stream(inputs()):
-        sources = [waiting.popleft() for _ in range(sr.shape[1])]
-        sr = sr[0].float()
-        if color in COLORS:
-            sr = COLORS[color](sr, to_network(to_clip([f.rgb for f in sources]).to(weight.device)))
-        if not torch.isfinite(sr).all():
-            at, dtype = float(sources[0].time), str(weight.dtype)[6:]
+    def pieces() -> Iterator[tuple]:
+        for sr in in_windows(net, inputs(), window) if window else stream(net, inputs()):
+            sources, sr = [waiting.popleft() for _ in range(sr.shape[1])], sr[0]
+            if color in COLORS:
+                lr = to_network(to_clip([frame.rgb for frame in sources]).to(device))
+                sr = COLORS[color](sr.float(), lr)
+            rgb = rearrange(to_uint8(sr), "t c h w -> t h w c")
+            result = sources, fetched(rgb), fetched(torch.isfinite(sr).all())
+            yield *result, torch.cuda.current_stream(device).record_event() if sr.is_cuda else None
+
+    # A piece is waited for when the next one is on its way: so a GPU is never without work.
+    for (sources, rgb, finite, arrived), _ in pairwise(chain(pieces(), [None])):
+        if arrived:
+            arrived.synchronize()
+        if not finite:
             way_out = "Use other weights." if dtype == "float32" else "Use --dtype float32 --fresh."
-            raise UserError(f"the network's output at {at:.2f} s is not finite in {dtype}. {way_out}")
-        yield list(zip(sources, to_frames(sr)))
+            time = float(sources[0].time)
+            raise UserError(f"the network's output at {time:.2f} s is not finite in {dtype}. {way_out}")
+        yield list(zip(sources, rgb.numpy()))
     assert not waiting, "as many frames come out as go in"
 
 
@@ -317,7 +321,7 @@ def print_plan(net: AdcVSR, reader: VideoReader, writer: ResumableWriter, args: 
     (w, h), frames = input_size(reader, args), expected_frames(reader, args) or 0
     weight, output = next(net.parameters()), writer.path
     rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
-    queues, lag = (0, args.window - 1) if args.window else (net.queue_bytes(h, w) / 2**30, net.lag)
+    queues, lag = (0, args.window - 1) if args.window else (queue_bytes(net, h, w) / 2**30, net.lag)
     pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
     disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
     print(
@@ -341,7 +345,7 @@ def print_notes(notes: Iterable[str]) -> None:
 
 def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: Args) -> None:
     """One clip: read -> network -> colour -> write."""
-    with VideoReader(clip, args.start) as reader:
+    with VideoReader(clip, args.start) as reader, ExitStack() as stack:
         writers, net = writers_for(output, reader, args), network()
         print_plan(net, reader, writers[0], args)
         print_notes(reader.notes)
@@ -353,12 +357,16 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: 
         reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
         first = max(0, (done - reach) // grid * grid)
         color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
-        with ExitStack() as stack:
-            frames = islice(wanted_frames(reader, args), first, None)
-            results = super_resolve(net, in_chunks(frames, grid), args.window, color)
+
+        frames = islice(wanted_frames(reader, args), first, None)
+        chunks = ahead(in_chunks(frames, grid, pinned=next(net.parameters()).is_cuda))  # one thread decodes
+        stack.enter_context(closing(chunks))
+        results = ahead(super_resolve(net, chunks, args.window, color), depth=4)  # one computes
+        stack.enter_context(closing(results))
+        bar = stack.enter_context(tqdm(total=total, initial=done, unit="frame", disable=None))
+        with ExitStack() as open_writers:  # this one encodes
             for writer in writers:
-                stack.enter_context(writer)
-            bar = stack.enter_context(tqdm(total=total, initial=done, unit="frame", disable=None))
+                open_writers.enter_context(writer)
             for frame, sr in islice(chain.from_iterable(results), done - first, None):
                 writers[0].write(sr, frame.time)
                 for writer in writers[1:]:
@@ -366,6 +374,7 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: 
                 bar.update()
             if not writers[0].done:
                 raise UserError(f"{clip}: no frame from --start {float(args.start):g} on. Give less.")
+        bar.close()
         notes = chain(reader.notes, *(writer.notes for writer in writers))
         print_notes(note for note in dict.fromkeys(notes) if note not in known)
 
