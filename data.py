@@ -581,10 +581,10 @@ def paint(rng: Generator, patterns: list[np.ndarray], size: tuple[int, int]) -> 
 
 def outline(rng: Generator, radius: float) -> np.ndarray:
     """Coverage (h w) float32 of an ellipse, a box or a diamond of about this radius in pixels, in texels."""
-    sides, turn = radius * TEXELS * rng.uniform(0.3, 1, 2), 1j ** rng.uniform(0, 4)
-    reach = int(np.hypot(*sides)) + 5  # room for a box's corners and the blur
-    x, y = np.meshgrid(*[np.arange(-reach, reach + 1, dtype=np.float32)] * 2)
-    u, v = (turn.real * x - turn.imag * y) / sides[0], (turn.imag * x + turn.real * y) / sides[1]
-    distance = np.linalg.norm([u, v], ord=rng.choice([1, 2, np.inf]), axis=0)  # 1 at the edge
-    mask = (0.5 + (1 - distance) * sides.min()).clip(0, 1).astype(np.float32)
+    (a, b), turn = radius * TEXELS * rng.uniform(0.3, 1, 2), 1j ** rng.uniform(0, 4)
+    half = np.abs([(turn.real, turn.imag), (turn.imag, turn.real)]) @ (a, b)  # its sides once it is turned
+    x, y = (np.arange(-int(side) - 5, int(side) + 6) for side in half)  # room for the blur
+    inside = (x + 1j * y[:, None]) * turn.conjugate()
+    distance = np.linalg.norm([inside.real / a, inside.imag / b], ord=rng.choice([1, 2, np.inf]), axis=0)
+    mask = (0.5 + (1 - distance) * min(a, b)).clip(0, 1).astype(np.float32)  # the edge is a texel wide
     return cv2.GaussianBlur(mask, (0, 0), BAND_LIMIT)
