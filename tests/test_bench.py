@@ -9,7 +9,6 @@ import torch
 import bench
 from bench import Args
 from infer import SHIPPED
-from model import AdcVSR
 
 
 @pytest.mark.slow
