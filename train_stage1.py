@@ -14,6 +14,7 @@
 The same command again resumes; Ctrl-C saves first; --dry-run says what it costs.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,14 +85,15 @@ LOOKS = 8  # held-out clips that are looked at
 def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -> dict[str, Tensor]:
     """One update of the student. Paper: Algorithm 1, stage 1; Eq. 1-3 without the adversarial terms.
 
-    batch: micro-batches of clips: lr (b t 3 h w), hr and, from a cache, target (b t 3 4h 4w);
-    teacher: x_L -> x_T; encoder: x -> f; dists: (x, x) -> (); each may be None. Returns the losses by name.
+    batch: micro-batches of clips: lr (b t 3 h w), hr, index and, from a cache, target (b t 3 4h 4w);
+    teacher: x_L, index -> x_T; encoder: x -> f; dists: (x, x) -> (); each may be None. Returns the losses by
+    name, means over the clips of all micro-batches.
     """
+    losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
     optimiser.zero_grad(set_to_none=True)
-    totals: dict[str, Tensor] = {}
-    for clips in batch:
-        clips = to_inputs(clips)
-        x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
+    for clips in map(to_inputs, batch):
+        share = len(clips["lr"]) / total
+        x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
         with torch.autocast(world.device.type, torch.bfloat16):
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
@@ -100,12 +102,13 @@ def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)  # Paper: Eq. 3
             loss = cfg.lambda_pixel * (pixel + perceptual) + cfg.lambda_feature * feature  # Paper: Eq. 1
-        (loss / len(batch)).backward()
-        losses = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
-        totals = {name: totals.get(name, 0) + value.detach() / len(batch) for name, value in losses.items()}
+        (share * loss).backward()
+        terms = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
+        for name, value in terms.items():
+            losses[name] += share * value.detach()
     world.average_gradients(student.parameters())
     optimiser.step()
-    return totals
+    return losses
 
 
 def learning_rate(step: int, cfg: Config) -> float:

@@ -14,7 +14,9 @@ Appendix A, Algorithm 1; Eq. 1-5).
 The same command again resumes; Ctrl-C saves first; --dry-run says what it costs.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 from os import environ
 from pathlib import Path
 from typing import Literal
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import training_clips
-from data import Data, held_out_clips, loader, micro_batches, real_clips, to_inputs
+from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from discriminators import (
     BACKBONE,
     HEADS,
@@ -32,8 +34,9 @@ from discriminators import (
     FeatureDiscriminator,
     PixelDiscriminator,
     adversarial_loss,
+    asked,
     discriminator_loss,
-    labels,
+    five_clips,
     mean_scores,
 )
 from metrics import dists_loss, load_dists, validate
@@ -117,84 +120,60 @@ LOOKS = 8  # held-out clips that are looked at
 def train_step(
     batch, student, teacher, encoder, dists, discriminators, optimisers, world, cfg
 ) -> dict[str, Tensor]:
-    """One update of the student and one of the discriminators. Paper: Algorithm 1, stage 2; Eq. 1-5.
+    """One update of the student, then one of the discriminators. Paper: Algorithm 1, stage 2; Eq. 1-5.
 
-    batch: micro-batches of clips: lr (b t 3 h w), hr, perhaps target, and what `real_clips` takes;
-    teacher: x_L -> x_T; encoder: x -> f; dists: (x, x) -> (); discriminators: name -> D, see `domain`;
-    optimisers: the student's, the discriminators'. Returns losses and scores by name.
+    batch, teacher, encoder, dists: as in stage 1, and in the clips what `five_clips` takes; discriminators:
+    name -> D; optimisers: the student's, the discriminators'. Returns the losses and scores by name.
     """
+    autocast = partial(torch.autocast, world.device.type, torch.bfloat16)
+    losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
-    totals: dict[str, Tensor] = {}
-    for clips in batch:
-        clips = to_inputs(clips)
+    for clips in map(to_inputs, batch):
+        share = len(clips["lr"]) / total
         # The student's step: judged by discriminators that hold still.
         discriminators.requires_grad_(False)
-        x_t = teacher(clips["lr"]) if teacher else clips.get("target", clips["hr"])
-        with torch.autocast(world.device.type, torch.bfloat16):
+        x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
+        with autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
-            seen = {"pixel": x_s, "feature": f_s}
-            fake = {name: d.embed(seen[domain(name)]) for name, d in discriminators.items()}
+            seen = {name: d.look(x_s) if d.domain == "pixel" else f_s for name, d in discriminators.items()}
 
             pixel = F.l1_loss(x_s, x_t)
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)
-            adv = {"pixel": 0.0, "feature": 0.0}
+            adv = {"pixel": torch.zeros_like(pixel), "feature": torch.zeros_like(pixel)}
             for name, d in discriminators.items():
-                adv[domain(name)] += adversarial_loss(d.judge(fake[name]))
+                adv[d.domain] = adv[d.domain] + adversarial_loss(d(seen[name]))
             l_pixel = pixel + perceptual + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
             l_feature = feature + cfg.lambda_adv * adv["feature"]  # Paper: Eq. 3
             loss = cfg.lambda_pixel * l_pixel + cfg.lambda_feature * l_feature  # Paper: Eq. 1
-        (loss / len(batch)).backward()
-        losses = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
-        losses |= {f"adv_{where}": value for where, value in adv.items() if torch.is_tensor(value)}
-        # The discriminators' step, on the student's clip as it was.
+        (share * loss).backward()
+        terms = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
+        terms |= {f"adv_{domain}": value for domain, value in adv.items()}
+
+        # The discriminators' step, on the student's clip as it was. One type of clip after the other: all at
+        # once, they would not fit on a card.
         discriminators.requires_grad_(True)
         if cfg.real_video == "teacher":
             clips["video"] = x_t  # Paper: Table 7
         for name, d in discriminators.items():
-            maps = [x.detach() for x in fake.pop(name)]
-            losses |= learn_types(name, d, maps, clips, encoder, len(batch), world, cfg)
-        totals = {name: totals.get(name, 0) + value.detach() / len(batch) for name, value in losses.items()}
+            see, terms[f"disc_{name}"] = d.look if d.domain == "pixel" else encoder, 0.0
+            with autocast():
+                types = five_clips(seen.pop(name), see, clips)  # Paper: Eq. 5
+            for kind, label in asked(cfg.labels, d.heads).items():
+                with autocast():
+                    scores = d(types.pop(kind))
+                    l_disc = discriminator_loss(scores, label)  # Paper: Eq. 4
+                (share * l_disc).backward()
+                terms[f"disc_{name}"] += l_disc.detach()
+                terms |= {f"{name}/{kind}/{head}": score for head, score in mean_scores(scores).items()}
+        for name, value in terms.items():
+            losses[name] += share * value.detach()
     world.average_gradients([*student.parameters(), *discriminators.parameters()])
     for optimiser in optimisers:
         optimiser.step()
-    return totals
-
-
-def learn_types(name, d, student, clips, encoder, parts: int, world, cfg) -> dict[str, Tensor]:
-    """Gradients of Eq. 4 for one discriminator, a `parts`-th of them; its loss and its scores by name.
-
-    student: the maps of the student's clip. The five types go through one after the other: all at once, they
-    would not fit on a card.
-    """
-    asked, total, losses = labels(cfg.labels, d.tail.split), 0.0, {}
-    for kind, maps in clip_types(d, domain(name), student, clips, encoder, asked, world).items():
-        with torch.autocast(world.device.type, torch.bfloat16):
-            scores = d.judge(maps)
-            loss = discriminator_loss(scores, asked[kind])  # Paper: Eq. 4
-        (loss / parts).backward()
-        total = total + loss.detach()
-        losses |= {f"{name}/{kind}/{head}": score for head, score in mean_scores(scores).items()}
-    return {f"disc_{name}": total} | losses
-
-
-@torch.no_grad()
-def clip_types(d, where: str, student, clips, encoder, asked, world) -> dict[str, list[Tensor]]:
-    """What d embeds of the types of clip that it is asked about (Eq. 5), each real frame embedded once."""
-    see = encoder if where == "feature" else (lambda x: x)
-    needed = {kind.removeprefix("shuffled_") for kind in asked}  # a permuted clip has permuted maps
-    with torch.autocast(world.device.type, torch.bfloat16):
-        maps = {k: d.embed(see(clips[k])) for k in ("video", "image", "random_images") if k in needed}
-    levels = [real_clips(dict(zip(maps, level)) | {"order": clips["order"]}) for level in zip(*maps.values())]
-    real = {kind: [level[kind] for level in levels] for kind in levels[0]}
-    return {kind: maps for kind, maps in ({"student": student} | real).items() if kind in asked}
-
-
-def domain(name: str) -> str:
-    """pixel or feature, of a discriminator's name: these, or with --separate pixel_detail and so on."""
-    return name.partition("_")[0]
+    return losses
 
 
 def learning_rate(step: int, cfg: Config) -> float:
