@@ -49,7 +49,7 @@ CRF = 16  # Choice: visually transparent, so that the encoder does not hide what
 # x264 at its default speed, with headers that do not depend on the content, so that segments fit together,
 # and without macroblock trees, which encode some frame sizes differently from run to run.
 X264 = {"preset": "medium", "x264-params": "stitchable=1:mbtree=0"}
-# Metadata may be no UTF-8. PyAV 14 to 18 raise at it unless told; 19 keeps its bytes and has no such argument.
+# Metadata may be no UTF-8. PyAV 14 to 18 raise at it unless told; 19 keeps its bytes and has no argument.
 FOREIGN_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
