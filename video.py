@@ -60,6 +60,8 @@ X264_THREADS = 12  # Choice: enough for a GPU's 1080p; fixed, for x264 encodes d
 # Headers that do not depend on the content, so that segments fit together, and no macroblock trees, which
 # encode some frame sizes differently from run to run.
 X264 = {"x264-params": "stitchable=1:mbtree=0"}
+# Metadata may be no UTF-8. PyAV 14 to 18 raise at it unless told; 19 keeps its bytes and has no argument.
+FOREIGN_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
@@ -145,14 +147,10 @@ class Frame:
     time: Fraction
 
 
-# Titles that are not UTF-8 are no reason to refuse a file. PyAV 19 never does, and dropped the option.
-_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-
-
 def _open_container(path: Path, name: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **_LENIENT)
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **FOREIGN_TEXT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
