@@ -20,6 +20,7 @@ Clips are FFV1 RGB, which loses nothing: 5.1 MB for 25 frames of 512x512 (raw 19
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -39,7 +40,8 @@ from data import ClipPool, DataError, TrainingClips, as_tensor, generator
 from degrade import one_thread
 from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple, read_half_decoder
 from model import PRESETS as STUDENTS
-from runtime import init_world, parse_config, run, setting
+from runtime import explained, init_world, parse_config, run, setting
+from seedvr2 import NaDiT, VideoVAE, restore
 from video import (
     FOLDER_RATE,
     IMAGE_SUFFIXES,
@@ -242,11 +244,16 @@ def load_teacher(
     teacher: str, prompt_embedding: str | None = None, device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16, tiling: bool = False, sample: bool = True,
 ) -> Callable[[Tensor], Tensor] | None:  # fmt: skip
-    """DOVE from its folder; None for gt, the paper's row "No Teacher (HR GT Only)". Raises `TeacherError`."""
+    """DOVE or SeedVR2 from a folder; None for gt, the paper's row "No Teacher (HR GT Only)".
+
+    Raises `TeacherError` or `WeightsError`.
+    """
     if teacher == "gt":
         return None
+    if is_seedvr2(teacher):
+        return SeedVR2Teacher.from_pretrained(teacher, dtype, prompt_embedding).to(device)
     if is_results(teacher):
-        what = "has no transformer/, so it is not a DOVE checkpoint"
+        what = "has no transformer/ and no seedvr2_ema_*, so it is neither DOVE nor SeedVR2"
         way_out = "Results of another method, made from CACHE/lr, train with --teacher-cache CACHE"
         raise TeacherError(f"{teacher}: {what}. {way_out}.")
     return DoveTeacher.from_pretrained(teacher, prompt_embedding, dtype, tiling, sample).to(device)
@@ -254,7 +261,7 @@ def load_teacher(
 
 def is_results(teacher: str) -> bool:
     """Whether this is a folder of another method's results."""
-    return Path(teacher).is_dir() and not (Path(teacher) / "transformer").is_dir()
+    return Path(teacher).is_dir() and not (Path(teacher) / "transformer").is_dir() and not is_seedvr2(teacher)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -490,6 +497,131 @@ def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:
     if width != ours:
         raise TeacherError(f"features of {ours} channels, AdcSR's have {width}: {WITHOUT_FEATURES}")
     return FeatureEncoder.from_pretrained(cfg.vae, cfg.adcsr[1], cfg.trust_pickle)
+
+
+# ------------------------------------------------------------------------------------------------------
+# SeedVR2
+
+ONE_STEP, MANY_STEPS = "seedvr2_ema_", "seedvr_ema_"  # how the files of SeedVR2 and of SeedVR begin
+WEIGHT_SUFFIXES = (".pth", ".safetensors")
+
+
+class SeedVR2Teacher(Frozen):
+    """SeedVR2 in its one step: lr (b t 3 h w) -> x_T (b t 3 4h 4w), both in [-1, 1]. Any h, w, t >= 1.
+
+    txt (m c): the embedding of its one prompt. The official script may lay the input's low frequencies over
+    the output's.  # Choice: not here, since the student's loss would learn the input's colour cast.
+    """
+
+    MULTIPLE = 16  # of the sides: a token is 2 x 2 latents of 8 x 8 pixels
+
+    def __init__(self, net: NaDiT, vae: VideoVAE, txt: Tensor):
+        super().__init__()
+        self.net, self.vae = net, vae
+        self.register_buffer("txt", txt)
+        self.freeze()
+
+    # fmt: off
+    @torch.no_grad()
+    def forward(
+        self, lr: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """generator: of the posterior's noise, then of the start noise; one on the CPU gives the same noise
+        on every device. noise (b t' h' w' 16): the start noise, on the grid of the padded clip's latents;
+        with it and without a generator nothing is drawn, and the posterior's mean taken."""
+        b, t, _, h, w = lr.shape
+        if generator is None and noise is None:
+            generator = torch.default_generator
+        z = self.vae.encode(self.enlarge(lr), generator)                      # (b k+1 16 h'/8 w'/8)
+        if noise is None:
+            # Filled in the order of the official code's memory, so that equal seeds give equal noise.
+            noise = torch.empty(rearrange(z, "b t c h w -> b c t h w").shape, device=generator.device)
+            noise = rearrange(noise, "b c t h w -> b t h w c").normal_(generator=generator)
+        blur = rearrange(z, "b t c h w -> b t h w c")
+        z0 = restore(self.net, blur, noise.to(z.device), self.txt)
+        x_t = self.vae.decode(rearrange(z0, "b t h w c -> b t c h w"))        # (b 4k+1 3 h' w')
+        return x_t.float().clamp(-1, 1)[:, :t, :, : SCALE * h, : SCALE * w]
+    # fmt: on
+
+    def enlarge(self, lr: Tensor) -> Tensor:
+        """lr (b t 3 h w) -> (b 4k+1 3 h' w'): 4h x 4w, then whole tokens and whole latents.
+
+        Bicubic with antialiasing, which is another kernel even where a picture grows. The last frame is
+        repeated, a single frame stays one.  # Choice: sides are padded; the official code crops them.
+        """
+        size = [SCALE * side for side in lr.shape[3:]]
+        x = F.interpolate(lr.float().flatten(0, 1), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = rearrange(pad_to_multiple(x, self.MULTIPLE), "(b t) c h w -> b t c h w", b=len(lr))
+        return torch.cat([x, repeat(x[:, -1], "b c h w -> b n c h w", n=(1 - x.shape[1]) % 4)], dim=1)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16,
+        prompt_embedding: str | Path | None = None,
+    ):  # fmt: skip
+        """folder: with `seedvr2_ema_*` and `ema_vae.pth`, as the hub's SeedVR2-3B and -7B; or the path of one
+        of several `seedvr2_ema_*` in it. prompt_embedding: `pos_emb.pt` of the code repository, looked for in
+        the folder and beside it if not given. Raises `TeacherError` or `WeightsError`.
+        """
+        path = find_transformer(Path(folder))
+        vae = weight_files(path.parent, "ema_vae")
+        if not vae:
+            way_out = "The hub has it beside the transformer."
+            raise TeacherError(f"{path.parent}: SeedVR2 without its VAE, ema_vae.pth is missing. {way_out}")
+        places = (path.parent / "pos_emb.pt", path.parent.absolute().parent / "pos_emb.pt")
+        text = prompt_embedding or next((place for place in places if place.is_file()), None)
+        if text is None:
+            way_out = "ByteDance-Seed/SeedVR on GitHub has it. See --prompt-embedding."
+            raise TeacherError(f"{path.parent}: no pos_emb.pt, SeedVR2's prompt, in or beside it. {way_out}")
+        with explained(f"{text}: not a prompt embedding", "Give SeedVR2's pos_emb.pt.", TeacherError):
+            txt = torch.load(text, map_location="cpu", weights_only=True).to(dtype)
+        net = NaDiT.from_file(path, dtype)
+        if txt.shape[1:] != (net.txt_in.in_features,):
+            expected = f"the transformer takes (tokens, {net.txt_in.in_features})"
+            raise TeacherError(f"{text}: shape {tuple(txt.shape)}; {expected}")
+        return cls(net, VideoVAE.from_file(vae[0], dtype), txt)
+
+
+def is_seedvr2(teacher: str | Path) -> bool:
+    """Whether this is a file of SeedVR2's, or a folder with one."""
+    path = Path(teacher)
+    if path.is_dir():
+        return any(weight_files(path, name) for name in (ONE_STEP, MANY_STEPS, "ema_vae"))
+    return path.is_file() and path.suffix in WEIGHT_SUFFIXES
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files with weights whose names begin so, plain ones before their variants."""
+    return [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in WEIGHT_SUFFIXES]
+
+
+def find_transformer(path: Path) -> Path:
+    """The transformer's file in a folder, or this file; not SeedVR's. Raises `TeacherError`."""
+    if path.is_dir():
+        found = weight_files(path, ONE_STEP)
+        found = [p for p in found if "sharp" not in p.stem] or found or weight_files(path, MANY_STEPS)[:1]
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found)
+            raise TeacherError(f"{path}: several transformers ({names}). Give the path of one of them.")
+        path = found[0] if found else path / f"{ONE_STEP}3b.pth"
+    if not path.is_file():
+        way_out = "Get ByteDance-Seed/SeedVR2-3B or -7B."
+        raise TeacherError(f"{path}: missing, so SeedVR2 has no transformer. {way_out}")
+    # SeedVR has the same keys and shapes, and one step of it is a blur. Only names tell: the file's, the one
+    # behind a link, and the one under which it was first saved, which a pickle keeps when it is renamed.
+    names = {path.name, path.resolve().name, *names_inside(path)}
+    if any(name.startswith(MANY_STEPS) for name in names):
+        what = "the weights of SeedVR, which takes 50 steps; a teacher takes one"
+        raise TeacherError(f"{path}: {what}. Give SeedVR2's, {ONE_STEP}3b.pth or {ONE_STEP}7b.pth.")
+    return path
+
+
+def names_inside(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()[:1]
+    except (OSError, zipfile.BadZipFile):  # not a pickle of PyTorch's, or damaged, which its reader will say
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------

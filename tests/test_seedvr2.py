@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import InterpolationMode, resize
 
 from model import WeightsError
+from runtime import UserError
 from seedvr2 import LATENT_SCALE, PRESETS, NaDiT, VideoVAE, restore, window_size, windows
+from teacher import SeedVR2Teacher, is_results, load_teacher
 
 WHOLE = Path(__file__).parents[2] / "shared" / "data" / "seedvr2_golden.pt"
 CUT = Path(__file__).with_name("seedvr2_golden.pt")
@@ -410,3 +413,175 @@ def test_files_that_do_not_fit_are_named_in_one_line(tmp_path):
     path.rename(tmp_path / "a.safetensors")
     path = tmp_path / "a.safetensors"
     assert "cannot be read" in message()
+
+
+# ------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+def seedvr2(name: str = "3b") -> SeedVR2Teacher:
+    return SeedVR2Teacher(small(name), small_vae(), torch.randn(5, 48, generator=seeded(9)))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_teacher_is_the_pipeline_written_out():
+    """Of the official code's steps in their order, with torchvision's resize, as there."""
+    teacher, lr = seedvr2(), clip(1, 5, 8, 12)
+    noise = torch.randn(1, 2, 4, 6, 16, generator=seeded(1))
+    x = resize(lr[0] / 2 + 0.5, [32, 48], InterpolationMode.BICUBIC).clamp(0, 1) * 2 - 1
+    blur = rearrange(teacher.vae.encode(x[None]), "b t c h w -> b t h w c")
+    noisy = torch.cat([noise, blur, torch.ones(1, 2, 4, 6, 1)], dim=-1)
+    v = teacher.net(noisy, teacher.txt, torch.tensor([1000.0]))
+    expected = teacher.vae.decode(rearrange(noise - v, "b t h w c -> b t c h w")).clamp(-1, 1)
+    assert close(teacher(lr, noise=noise), expected, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 7), (2, 4, 4), (4, 3, 9), (5, 8, 8), (9, 4, 5)])
+def test_teacher_takes_any_clip(shape):
+    t, h, w = shape
+    x_t = seedvr2()(clip(1, t, h, w), seeded(0))
+    assert x_t.shape == (1, t, 3, 4 * h, 4 * w) and x_t.dtype == torch.float32
+    assert x_t.isfinite().all() and x_t.abs().max() <= 1
+
+
+def test_teacher_pads_and_cuts():
+    """In time with the last frame, at the sides by reflection of the enlarged clip."""
+    teacher, lr = seedvr2(), clip(1, 3, 4, 8)
+    longer = torch.cat([lr, repeat(lr[:, -1], "b c h w -> b n c h w", n=2)], dim=1)
+    assert torch.equal(teacher(lr, seeded(0)), teacher(longer, seeded(0))[:, :3])
+    x = teacher.enlarge(clip(1, 1, 3, 5))
+    assert x.shape == (1, 1, 3, 16, 32)
+    assert torch.equal(x[..., 12:16, :], x[..., 7:11, :].flip(-2))
+    assert torch.equal(x[..., 20:32], x[..., 7:19].flip(-1))
+
+
+def test_teachers_batch_of_two_clips_is_two_batches_of_one():
+    teacher, lr, noise = seedvr2("7b"), clip(2, 5, 8, 12), torch.randn(2, 2, 4, 6, 16, generator=seeded(1))
+    one_by_one = [teacher(lr[i : i + 1], noise=noise[i : i + 1]) for i in range(2)]
+    assert close(teacher(lr, noise=noise), torch.cat(one_by_one), 1e-4)
+
+
+def test_teacher_draws_posterior_then_noise_as_the_official_code():
+    """There: a sample of the latents (c t h w), turned to (t h w c) and scaled, and noise like them."""
+    teacher, lr = seedvr2(), clip(1, 9, 8, 12)
+    x = rearrange(teacher.enlarge(lr), "b t c h w -> b c t h w")
+    moments = teacher.vae.sliced(teacher.vae.encoder, x, 4)
+    torch.manual_seed(5)
+    mean, log_variance = moments.chunk(2, dim=1)
+    z = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape)
+    blur = rearrange(z, "b c ... -> b ... c") * LATENT_SCALE
+    noise = torch.randn_like(blur[0])[None]
+    z0 = restore(teacher.net, blur, noise, teacher.txt)
+    expected = teacher.vae.decode(rearrange(z0, "b t h w c -> b t c h w")).clamp(-1, 1)
+    assert close(teacher(lr, seeded(5)), expected, 1e-4)
+    torch.manual_seed(5)
+    assert close(teacher(lr), expected, 1e-4)
+
+
+def test_teacher_in_half_precision():
+    teacher, lr = seedvr2("7b"), clip(1, 5, 8, 8)
+    exact = teacher(lr, seeded(0))
+    rounded = teacher.to(torch.bfloat16)(lr, seeded(0))
+    assert rounded.dtype == torch.float32 and (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """As the hub's SeedVR2-3B with the code repository's prompt."""
+    folder = tmp_path / "SeedVR2-3B"
+    folder.mkdir()
+    torch.save(small("3b", area=AREA).state_dict(), folder / "seedvr2_ema_3b.pth")
+    torch.manual_seed(0)
+    torch.save(VideoVAE((8, 8, 16, 16), 2).half().state_dict(), folder / "ema_vae.pth")
+    torch.save(torch.randn(5, 48).bfloat16(), folder / "pos_emb.pt")
+    return folder
+
+
+def test_folder_makes_the_teacher(folder):
+    lr = clip(1, 5, 8, 8)
+    teacher = load_teacher(str(folder), dtype=torch.float32)
+    assert isinstance(teacher, SeedVR2Teacher)
+    expected = SeedVR2Teacher(small("3b", area=AREA), small_vae().half().float(), teacher.txt)
+    assert torch.equal(teacher(lr, seeded(0)), expected(lr, seeded(0)))
+    (folder / "pos_emb.pt").rename(folder.parent / "pos_emb.pt")
+    sharp = folder / "seedvr2_ema_3b_sharp.pth"
+    torch.save(small("3b", seed=1).state_dict(), sharp)
+    again = SeedVR2Teacher.from_pretrained(folder, torch.float32)
+    assert torch.equal(again(lr, seeded(0)), expected(lr, seeded(0)))
+    named = SeedVR2Teacher.from_pretrained(sharp, torch.float32)
+    assert not torch.equal(named(lr, seeded(0)), expected(lr, seeded(0)))
+
+
+def test_teachers_are_told_apart_by_what_is_in_their_folders(tmp_path):
+    said = {
+        "transformer/config.json": "not a DOVE checkpoint, vae/config.json is missing",
+        "seedvr2_ema_3b.pth": "SeedVR2 without its VAE",
+        "ema_vae.safetensors": "SeedVR2 has no transformer",
+        "00000000.mkv": "neither DOVE nor SeedVR2",
+        "00000000/0.png": "neither DOVE nor SeedVR2",
+    }
+    for number, (file, message) in enumerate(said.items()):
+        folder = tmp_path / str(number)
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).touch()
+        with pytest.raises(UserError, match=message):
+            load_teacher(str(folder))
+        assert is_results(str(folder)) == ("neither" in message)
+
+
+def test_wrong_folders_are_named_in_one_line(folder):
+    def message(path: Path = folder) -> str:
+        with pytest.raises(UserError) as error:
+            load_teacher(str(path), dtype=torch.float32)
+        text = str(error.value)
+        assert str(path.parent) in text and "\n" not in text and len(text) < 500
+        return text
+
+    transformer, vae, text = (folder / n for n in ("seedvr2_ema_3b.pth", "ema_vae.pth", "pos_emb.pt"))
+    weights = torch.load(transformer)
+
+    torch.save(torch.randn(5, 40), text)
+    assert "(5, 40)" in message() and "48" in message()
+    text.write_bytes(b"no pickle")
+    assert "not a prompt embedding" in message()
+    text.unlink()
+    assert "no pos_emb.pt" in message() and "--prompt-embedding" in message()
+    torch.save(torch.randn(5, 48), text)
+
+    whole = vae.read_bytes()
+    vae.write_bytes(whole[:-100])
+    assert "ema_vae.pth: cannot be read" in message()
+    vae.unlink()
+    assert "ema_vae.pth is missing" in message()
+    vae.write_bytes(whole)
+
+    transformer.write_bytes(transformer.read_bytes()[:1000])
+    assert "seedvr2_ema_3b.pth: cannot be read" in message()
+    transformer.unlink()
+    assert "seedvr2_ema_3b.pth: missing" in message()
+    for other in ("3b_fp16", "7b"):
+        torch.save(weights, folder / f"seedvr2_ema_{other}.pth")
+    assert "several transformers" in message() and "seedvr2_ema_7b.pth" in message()
+
+
+def test_many_step_weights_are_refused_by_name(folder):
+    def refused() -> bool:
+        with pytest.raises(UserError, match="SeedVR, which takes 50 steps"):
+            load_teacher(str(folder), dtype=torch.float32)
+        return True
+
+    one_step, many_steps = folder / "seedvr2_ema_3b.pth", folder / "seedvr_ema_3b.pth"
+    weights = torch.load(one_step)
+    one_step.unlink()
+    torch.save(weights, many_steps)
+    assert refused()
+    one_step.symlink_to(many_steps)
+    assert refused()
+    one_step.unlink()
+    many_steps.rename(one_step)
+    assert refused()
+    torch.save(weights, one_step)
+    assert isinstance(load_teacher(str(folder), dtype=torch.float32), SeedVR2Teacher)
