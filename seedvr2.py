@@ -260,6 +260,11 @@ class MLP(nn.Module):
         return self.proj_out(F.silu(self.proj_in_gate(x)) * self.proj_in(x))
 
 
+def norm(x: Tensor) -> Tensor:
+    """RMS norm without weights, before each modulation."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
 class Block(nn.Module):
     """Attention, then MLP, on clip and text, each between its two modulations; vid (b l c), txt (b m c)."""
 
@@ -282,10 +287,6 @@ class Block(nn.Module):
         return vid + y[0], txt + y[1]
 
 
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
 class TimeEmbedding(nn.Module):
     """step (b) -> (b 6c): sines and cosines of the step at 128 frequencies each, three layers."""
 
@@ -306,10 +307,7 @@ class TimeEmbedding(nn.Module):
 
 
 class NaDiT(nn.Module):
-    """The transformer: what is to be taken from the noisy latents, at their resolution.
-
-    Its arguments are the keys of `PRESETS`; width, heads and layers as usual.
-    """
+    """The transformer: noisy latents, the LR clip's and text -> velocity. Its arguments are `PRESETS`' keys."""
 
     def __init__(
         self, width: int, heads: int, layers: int, separate: int, text: int, latents: int, area: int,
