@@ -307,7 +307,7 @@ class TimeEmbedding(nn.Module):
 
 
 class NaDiT(nn.Module):
-    """The transformer: noisy latents, the LR clip's, text -> velocity. Its arguments: the keys of `PRESETS`."""
+    """The transformer: noisy latents, the LR clip's, text -> velocity. Arguments: the keys of `PRESETS`."""
 
     def __init__(
         self, width: int, heads: int, layers: int, separate: int, text: int, latents: int, area: int,
