@@ -139,7 +139,7 @@ def test_vae_costs_what_was_counted_on_the_official_one():
 
 @pytest.mark.parametrize("name, cost", [("3b", 38.2), ("7b", 60.9)])
 def test_transformer_costs_what_was_counted_on_the_official_one(name, cost):
-    """25 frames of 512x512, and 58 tokens of text; a regular and a shifted layer cost what any other two do."""
+    """25 frames of 512x512, 58 tokens of text; a regular and a shifted layer cost what any other two do."""
     with torch.device("meta"):
         call = torch.empty(1, 7, 64, 64, 33), torch.empty(58, 5120), torch.empty(1)
         two, four = (tera(NaDiT(**PRESETS[name] | {"layers": n}), *call) for n in (2, 4))
