@@ -41,7 +41,7 @@ COMPLETE = "Is the download complete?"
 class Teacher:
     """What the student learns from."""
 
-    teacher: str = "weights/DOVE"  # a DOVE or SeedVR2 folder, gt (HR itself), another's results   Table 4
+    teacher: str = "weights/DOVE"  # a DOVE or SeedVR2 folder, gt (HR itself), or another's results   Table 4
     teacher_cache: str = ""        # clips and teacher videos made before by cache.py
     adcsr: tuple[str, ...] = ("weights/net_params_200.pkl", "weights/halfDecoder.ckpt")  # AdcSR's two files
     vae: str = VAE                 # SD2.1's VAE, for the feature targets: a folder, a hub id, or seeded

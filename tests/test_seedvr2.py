@@ -395,6 +395,16 @@ def test_vae_file_with_new_or_old_names_of_the_attention(tmp_path):
         assert torch.equal(VideoVAE.from_file(tmp_path / "ema_vae.pth").encode(x), vae.encode(x))
 
 
+def test_files_of_the_golden_weights_make_the_golden_networks(golden, tmp_path):
+    """Of every size: heads, layers and groups are read off the tensors, or follow from them."""
+    call, x, path = inputs(1, 3, 14, 10), clip(1, 5), tmp_path / "weights.pth"
+    for name in ("3b", "7b"):
+        torch.save(golden[name]["weights"], path)
+        assert close(NaDiT.from_file(path)(*call), nadit(golden, name)(*call), 1e-5)
+    torch.save(part(golden, "vae", "weights"), path)
+    assert close(VideoVAE.from_file(path).encode(x), video_vae(golden).encode(x), 1e-5)
+
+
 def test_files_that_do_not_fit_are_named_in_one_line(tmp_path):
     path = tmp_path / "seedvr2_ema_3b.pth"
     net = small("3b").state_dict()
@@ -591,7 +601,7 @@ def test_wrong_folders_are_named_in_one_line(folder):
     text.write_bytes(b"no pickle")
     assert "not a prompt embedding" in message()
     text.unlink()
-    assert "no pos_emb.pt" in message() and "inside or beside it" in message()
+    assert "no pos_emb.pt" in message() and "in it or beside it" in message()
     torch.save(torch.randn(5, 48), text)
 
     whole = vae.read_bytes()
@@ -653,6 +663,7 @@ def logged(out: str) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_both_stages_learn_from_it_in_the_loop(folder, tmp_path, monkeypatch):
     """Table 4's row; stage 2 takes the teacher over from stage 1."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
