@@ -1,0 +1,68 @@
+"""AdcVSR's idea on a small pretrained 2D network (paper Sec. 3.2, in small): what `infer.py` runs by default.
+
+    lr (b t 3 h w) --(conv, PReLU) x 33, a TemporalBlock after every fourth--> features (b t 64 h w)
+                   --conv, pixel shuffle--> + nearest x4 of lr --> sr (b t 3 4h 4w)
+
+The paper takes a good 2D network, which generates detail, and adds a few 1D temporal convolutions, which make
+it consistent; two heads judge both apart. Its 2D network is AdcSR, pruned from SD2.1, with 456 M weights. Here
+it is Real-ESRGAN's small general one (SRVGGNetCompact, 1.2 M weights, trained by its authors with a GAN on
+photographs), which two CPU cores can run and train. Temporal blocks, losses and discriminators are the same.
+"""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import SCALE, Delay, Student, TemporalBlock, per_frame, read_pickle, require_shapes
+
+PRESETS = {"compact": dict(features=64, layers=32, every=4)}
+
+
+class CompactVSR(Student):
+    """lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]; any h, w, t >= 1. Called as `AdcVSR` is.
+
+    features, layers: channels and inner convolutions of the 2D network; every: how many of its convolutions
+    stand between two temporal blocks. At start it is the 2D network, frame by frame.
+    """
+
+    def __init__(self, features: int = 64, layers: int = 32, every: int = 4):
+        super().__init__()
+        self.config = dict(features=features, layers=layers, every=every)
+        self.body = nn.ModuleList()  # under the names of the official file: conv 0, PReLU 1, conv 2, ...
+        for c_in in [3] + [features] * layers:
+            self.body += [nn.Conv2d(c_in, features, 3, padding=1), nn.PReLU(features)]
+        self.body.append(nn.Conv2d(features, 3 * SCALE**2, 3, padding=1))
+        after = range(every, layers + 1, every)  # of the convolutions, the first of all being number 0
+        self.temporal = nn.ModuleDict({str(2 * n + 1): TemporalBlock(features) for n in after})
+        self.delay = Delay()
+
+    def forward(self, lr: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """A whole clip. With return_features also what the last convolution reads, (b t features h w)."""
+        features, lr = self.encode(lr)
+        sr = self.decode(features, lr)
+        return (sr, features) if return_features else sr
+
+    def encode(self, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """lr (b t 3 h w) -> features (b t' features h w) and the frames they belong to; t' = t but in a stream."""
+        x = (lr / 2 + 0.5).to(self.body[0].weight.dtype)  # the 2D network takes and gives [0, 1]
+        for i, layer in enumerate(self.body[:-1]):
+            x = per_frame(layer, x)
+            if str(i) in self.temporal:
+                x = self.temporal[str(i)](x)
+        return x, self.delay(lr, x.shape[1])
+
+    def decode(self, features: Tensor, lr: Tensor) -> Tensor:
+        """features (b t features h w), lr (b t 3 h w) -> sr (b t 3 4h 4w)."""
+        detail = per_frame(lambda x: F.pixel_shuffle(self.body[-1](x), SCALE), features)
+        return 2 * detail.to(lr.dtype) + lr.repeat_interleave(SCALE, -2).repeat_interleave(SCALE, -1)
+
+    @classmethod
+    def from_realesrgan(cls, path: str | Path, **config):
+        """With the 2D weights of Real-ESRGAN's official `realesr-general-x4v3.pth`, key by key; temporal blocks
+        start as the identity. Raises `WeightsError`."""
+        net = cls(**config)
+        state = read_pickle(path).get("params", {})
+        require_shapes(path, state, {f"body.{k}": v.shape for k, v in net.body.state_dict().items()})
+        net.load_state_dict(net.state_dict() | state)
+        return net
