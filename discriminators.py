@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from model import UNSHUFFLE, AdcVSR, Memory, TemporalConv, UNet, maybe_checkpoint, pad_to_multiple
+from model import UNSHUFFLE, AdcVSR, TemporalConv, UNet, maybe_checkpoint, pad_to_multiple, per_frame
 from runtime import UserError, freeze
 
 # Paper: Eq. 5. What the two heads should say of each type of clip: +1 real, -1 fake, 0 not asked.
@@ -124,12 +124,10 @@ class Tail(nn.Module):
         self.heads, self.split = nn.Conv2d(width, width, 1), tuple(heads)
 
     def forward(self, x: Tensor) -> Scores:
-        b = x.shape[0]
-        x = rearrange(x, "b t c h w -> (b t) c h w")
-        x = F.leaky_relu(self.conv1(x), SLOPE)
-        x = F.leaky_relu(self.conv2(x, Memory(batch=b)), SLOPE)
-        x = F.leaky_relu(self.conv3(x), SLOPE)
-        return Scores(*rearrange(self.heads(x), "(b t) c h w -> b t c h w", b=b).split(self.split, dim=2))
+        x = F.leaky_relu(per_frame(self.conv1, x), SLOPE)
+        x = F.leaky_relu(self.conv2(x), SLOPE)
+        x = F.leaky_relu(per_frame(self.conv3, x), SLOPE)
+        return Scores(*per_frame(self.heads, x).split(self.split, dim=2))
 
 
 def check_split(heads: tuple[int, ...], width: int) -> None:
@@ -306,10 +304,10 @@ class FeatureDiscriminator(Discriminator):
         return [clip]
 
     def judge(self, maps: list[Tensor]) -> Scores:
-        b, _, _, h, w = maps[0].shape
-        x = pad_to_multiple(rearrange(maps[0], "b t c h w -> (b t) c h w"), AdcVSR.MULTIPLE // UNSHUFFLE)
-        x = self.backbone(x, Memory(batch=b), conv_in=self.conv_in)
-        return self.tail(rearrange(x[..., :h, :w], "(b t) c h w -> b t c h w", b=b))
+        f = maps[0]
+        h, w = f.shape[-2:]
+        x = pad_to_multiple(f.flatten(0, 1), AdcVSR.MULTIPLE // UNSHUFFLE).unflatten(0, f.shape[:2])
+        return self.tail(self.backbone(x, conv_in=self.conv_in)[..., :h, :w])
 
 
 def first_conv(conv: nn.Conv2d, c_in: int) -> nn.Conv2d:
