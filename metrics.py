@@ -350,7 +350,8 @@ def dists_loss(dists: DISTS, x_s: Tensor, x_t: Tensor) -> Tensor:
     distances, gradients = [], []
     for a, b in zip(x.detach().split(DISTS_FRAMES), y.detach().split(DISTS_FRAMES)):
         distances.append(dists(a.requires_grad_(), b))
-        gradients += torch.autograd.grad(distances[-1].sum() / len(x), a)
+        (distances[-1].sum() / len(x)).backward()
+        gradients.append(a.grad)
     term = (x * torch.cat(gradients)).sum()
     return torch.cat(distances).detach().mean() + (term - term.detach())
 

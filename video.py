@@ -2,8 +2,8 @@
 
     video | folder of frames | image  --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
     rgb (h w 3) uint8, time           --VideoWriter-->  H.264 video | folder of PNGs | PNG
-                                  --ResumableWriter-->  the same in segments, which an interruption leaves whole,
-                                                        joined without encoding again, with the source's sound
+                                  --ResumableWriter-->  the same in segments, which survive an interruption,
+                                                        joined without encoding again, and the source's sound
 
 Frames pass one by one, so memory does not grow with the clip. The paper mentions none of it, a viewer sees
 all of it: presentation times, upright frames, the right colour matrix, the sound. Frames on disk and in data
@@ -20,9 +20,11 @@ import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain, dropwhile, islice
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from runtime import UserError, complete, explained, remove
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-SEGMENT_SUFFIX = ".nut"  # FFmpeg's own container: any clock, exactly, where MP4 and Matroska start anew or round
+SEGMENT_SUFFIX = ".nut"  # FFmpeg's own container keeps any time exactly; MP4's start at zero, Matroska rounds
 VIDEO_FORMATS = {  # what H.264 is written to
     ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", SEGMENT_SUFFIX: "nut",
 }  # fmt: skip
@@ -51,12 +53,15 @@ RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable 
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
 MAX_TIMESCALE = 10_000_000  # clock ticks a second; a sample's length in MP4 has 32 bits
+PNG_THREADS = 4  # Choice: what one thread compresses in 0.1 s or more, a GPU makes in 0.04 s at 1080p
 CRF = 16  # Choice: visually transparent, so that the encoder does not hide what the network adds
 X264_PRESET = "medium"  # x264's own default
-X264_THREADS = 12  # Choice: enough for a fast machine; their number changes the bytes, so it is not the machine's
-# Headers that do not depend on the content, so that segments fit together, and no macroblock trees, which encode
-# some frame sizes differently from run to run.
+X264_THREADS = 12  # Choice: enough for a GPU's 1080p; fixed, for x264 encodes differently with another number
+# Headers that do not depend on the content, so that segments fit together, and no macroblock trees, which
+# encode some frame sizes differently from run to run.
 X264 = {"x264-params": "stitchable=1:mbtree=0"}
+# Metadata may be no UTF-8. PyAV 14 to 18 raise at it unless told; 19 keeps its bytes and has no argument.
+FOREIGN_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
@@ -109,8 +114,9 @@ def _natural(path: Path) -> list[str | int]:
 
 @contextmanager
 def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    with explained(f"{name}: corrupt image or none at all", "Replace it.", VideoError), Image.open(path) as image:
-        yield image
+    with explained(f"{name}: corrupt image or none at all", "Replace it.", VideoError):
+        with Image.open(path) as image:
+            yield image
 
 
 def _image_size(path: Path, name: str) -> tuple[int, int]:
@@ -144,7 +150,7 @@ class Frame:
 def _open_container(path: Path, name: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **FOREIGN_TEXT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -440,10 +446,11 @@ def _refuse(path: Path, width: int, height: int) -> None:
 
 
 class _Images:
-    """Numbered PNGs in a folder, or one PNG."""
+    """Numbered PNGs in a folder, or one PNG, compressed by a few threads."""
 
     def __init__(self, path: Path):
-        self.path, self.written = path, 0
+        self.path, self.written, self.saving = path, 0, deque()
+        self.threads = ThreadPoolExecutor(PNG_THREADS)
         if not path.suffix:
             path.mkdir()
 
@@ -452,13 +459,19 @@ class _Images:
             raise VideoError("a .png holds one frame, not a clip. Give a folder or a video as the output.")
         file = self.path if self.path.suffix else self.path / f"{self.written:06d}.png"
         # Level 1 of 9: the default takes several times longer to save a tenth of the room.
-        Image.fromarray(rgb).save(file, format="PNG", compress_level=1)
+        save = partial(Image.fromarray(rgb.copy()).save, file, format="PNG", compress_level=1)
+        self.saving.append(self.threads.submit(save))
         self.written += 1
+        self.wait_for(all_but=2 * PNG_THREADS)
 
-    def finish(self) -> None:
-        pass
+    def wait_for(self, all_but: int = 0) -> None:
+        while len(self.saving) > all_but:
+            self.saving.popleft().result()
 
-    close = finish
+    finish = wait_for
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
 
 
 def _clock(rate: Fraction, source: VideoReader | None) -> tuple[Fraction, int]:
@@ -517,7 +530,7 @@ def _new_container(path: Path) -> OutputContainer:
 
 
 class VideoWriter:
-    """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv .nut, a .png, or, without suffix, a folder of PNGs.
+    """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv .nut, a .png, or, without suffix, a PNG folder.
 
     `path` appears on a clean exit, complete; an exception or a kill leaves nothing under that name. `source`
     lends its clock, pixel shape and HDR colours. Sound comes with `ResumableWriter`.
@@ -540,9 +553,9 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         with _cannot_be_written(self.path), self._open as stack:  # undone where the next lines fail
-            partial = stack.enter_context(complete(self.path))
-            is_video = partial.suffix.lower() in VIDEO_FORMATS
-            self._sink = _Video(partial, *self._settings) if is_video else _Images(partial)
+            unnamed = stack.enter_context(complete(self.path))
+            is_video = unnamed.suffix.lower() in VIDEO_FORMATS
+            self._sink = _Video(unnamed, *self._settings) if is_video else _Images(unnamed)
             stack.callback(self._sink.close)
             self._open = stack.pop_all()
         return self
@@ -615,8 +628,8 @@ class ResumableWriter:
                 remove(self.parts)
             self.parts.mkdir(exist_ok=True)
             if not plan.exists():
-                with complete(plan) as partial:
-                    partial.write_text(json.dumps(self.made_by))
+                with complete(plan) as unnamed:
+                    unnamed.write_text(json.dumps(self.made_by))
         made = json.loads(plan.read_text())
         if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
             way_out = "Use --fresh to start again, or another -o."
@@ -643,8 +656,8 @@ class ResumableWriter:
             if error[0] is None:
                 if not self._segments():
                     raise VideoError(f"{self.path.name}: there is no frame to write")
-                with _cannot_be_written(self.path), complete(self.path) as partial:
-                    self._join(self._segments(), partial)
+                with _cannot_be_written(self.path), complete(self.path) as unnamed:
+                    self._join(self._segments(), unnamed)
                 remove(self.parts)
         finally:
             if not self._segments():
@@ -705,7 +718,7 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
 def _pictures(
     segments: list[Path], origin: int, stream: VideoStream, tick: Fraction, step: int
 ) -> Iterator[av.Packet]:
-    """The packets of all segments, from zero on. Decoding times are presentation times, some places earlier."""
+    """The packets of all segments, from zero on. Decoding times are those of presentation, places earlier."""
     decoding_times = deque(-step * n for n in range(X264_REORDERED, 0, -1))
     for segment in segments:
         packets = _segment_packets(segment, tick, stream.codec_context.extradata)
