@@ -3,24 +3,38 @@
     lr (b t 3 h w) --(conv, PReLU) x 33, a TemporalBlock after every fourth--> features (b t 64 h w)
                    --conv, pixel shuffle--> + nearest x4 of lr --> sr (b t 3 4h 4w)
 
-The paper takes a good 2D network, which generates detail, and adds a few 1D temporal convolutions, which make
-it consistent; two heads judge both apart. Its 2D network is AdcSR, pruned from SD2.1, with 456 M weights. Here
-it is Real-ESRGAN's small general one (SRVGGNetCompact, 1.2 M weights, trained by its authors with a GAN on
-photographs), which two CPU cores can run and train. Temporal blocks, losses and discriminators are the same.
+The paper takes a good 2D network, which generates detail, and adds a few 1D temporal convolutions, which
+make it consistent; two heads judge both apart. Its 2D network is AdcSR, pruned from SD2.1 (456 M weights).
+Here it is Real-ESRGAN's small general one (SRVGGNetCompact, 1.2 M weights, trained by its authors with a GAN
+on photographs), which two CPU cores can run and train. Temporal blocks, losses, discriminators are the same.
 """
 
+import json
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from model import SCALE, Delay, Student, TemporalBlock, per_frame, read_pickle, require_shapes
+from model import (
+    SCALE,
+    AdcVSR,
+    Delay,
+    Student,
+    TemporalBlock,
+    WeightsError,
+    per_frame,
+    read_pickle,
+    require_shapes,
+)
+from runtime import explained
 
-PRESETS = {"compact": dict(features=64, layers=32, every=4)}
+REALESRGAN = Path(__file__).parent / "weights" / "realesr-general-x4v3.pth"  # the 2D start, half precision
 
 
 class CompactVSR(Student):
-    """lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]; any h, w, t >= 1. Called as `AdcVSR` is.
+    """lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]; any h, w, t >= 1. Called as `AdcVSR`.
 
     features, layers: channels and inner convolutions of the 2D network; every: how many of its convolutions
     stand between two temporal blocks. At start it is the 2D network, frame by frame.
@@ -44,7 +58,7 @@ class CompactVSR(Student):
         return (sr, features) if return_features else sr
 
     def encode(self, lr: Tensor) -> tuple[Tensor, Tensor]:
-        """lr (b t 3 h w) -> features (b t' features h w) and the frames they belong to; t' = t but in a stream."""
+        """lr (b t 3 h w) -> features (b t features h w) and the frames they belong to."""
         x = (lr / 2 + 0.5).to(self.body[0].weight.dtype)  # the 2D network takes and gives [0, 1]
         for i, layer in enumerate(self.body[:-1]):
             x = per_frame(layer, x)
@@ -57,12 +71,29 @@ class CompactVSR(Student):
         detail = per_frame(lambda x: F.pixel_shuffle(self.body[-1](x), SCALE), features)
         return 2 * detail.to(lr.dtype) + lr.repeat_interleave(SCALE, -2).repeat_interleave(SCALE, -1)
 
+    def for_training(self, checkpointing: bool, device: torch.device) -> None:
+        """As `AdcVSR.for_training`; its activations are few, and always kept."""
+        self.to(memory_format=torch.channels_last)
+
     @classmethod
-    def from_realesrgan(cls, path: str | Path, **config):
-        """With the 2D weights of Real-ESRGAN's official `realesr-general-x4v3.pth`, key by key; temporal blocks
-        start as the identity. Raises `WeightsError`."""
+    def from_realesrgan(cls, path: str | Path = REALESRGAN, **config):
+        """With the 2D weights of Real-ESRGAN's official `realesr-general-x4v3.pth`, key by key; temporal
+        blocks start as the identity. Raises `WeightsError`."""
         net = cls(**config)
         state = read_pickle(path).get("params", {})
         require_shapes(path, state, {f"body.{k}": v.shape for k, v in net.body.state_dict().items()})
         net.load_state_dict(net.state_dict() | state)
         return net
+
+
+def load_student(folder_or_id: str | Path) -> Student:
+    """The student in a folder or under a hub id: of the class that its `config.json` names, `AdcVSR` if none.
+
+    Raises `WeightsError`.
+    """
+    way_out = "Give a folder with config.json and model.safetensors, or a hub id."
+    with explained(f"{folder_or_id}: cannot load a student", way_out, WeightsError):
+        inside = Path(folder_or_id) / "config.json"
+        config = inside if Path(folder_or_id).is_dir() else hf_hub_download(str(folder_or_id), "config.json")
+        name = json.loads(Path(config).read_text()).get("network", "AdcVSR")
+    return {"AdcVSR": AdcVSR, "CompactVSR": CompactVSR}.get(name, AdcVSR).from_pretrained(folder_or_id)

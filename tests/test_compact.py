@@ -1,4 +1,4 @@
-"""The compact student: the 2D network it starts as, what time adds, and that the rest of the house can call it."""
+"""The compact student: the 2D network it starts as, what time adds, how the rest of the house calls it."""
 
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_queues_are_counted():
     [
         ({"params": {}}, "missing"),
         ({"params_ema": {}}, "missing"),
-        ({"params": {"body.0.weight": torch.zeros(64, 3, 3, 3), "extra": torch.zeros(1)}}, "extra"),
+        ({"params": torch.load(WEIGHTS, weights_only=True)["params"] | {"extra": torch.zeros(1)}}, "extra"),
     ],
 )
 def test_another_file_is_refused_in_one_line(tmp_path, state, what):
