@@ -40,6 +40,8 @@ class CompactVSR(Student):
     stand between two temporal blocks. At start it is the 2D network, frame by frame.
     """
 
+    pixel_skip = True  # the input is part of the output: what the network paints is a residual
+
     def __init__(self, features: int = 64, layers: int = 32, every: int = 4):
         super().__init__()
         self.config = dict(features=features, layers=layers, every=every)
