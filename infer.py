@@ -8,6 +8,7 @@ Finished segments survive any interruption: the same command goes on where it st
 `--protocol adcvsr`; the rest is what users of such a tool need.
 """
 
+import ctypes
 import math
 import shutil
 import sys
@@ -55,6 +56,7 @@ DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
     "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
 )
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
@@ -382,6 +384,13 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: 
 # --- All clips ---------------------------------------------------------------------------------------
 
 
+def keep_memory() -> None:
+    """glibc gives large tensors back after each use, and their pages come back zeroed, a tenth of the time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in MALLOPT.values():
+            libc.mallopt(parameter, value)
+
+
 def clips_in(path: Path) -> list[Path]:
     """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
     found = sorted(path.iterdir()) if path.is_dir() else []
@@ -391,6 +400,7 @@ def clips_in(path: Path) -> list[Path]:
 
 
 def main() -> None:
+    keep_memory()
     args = parse()
     clips = [clip for path in args.input for clip in clips_in(path)]
     folder = args.output if clips != list(args.input) or len(clips) > 1 else None

@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,8 @@ from PIL import Image
 from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, times_of, with_sound
 
 import infer
-from bench import bench_memory
 from model import PRESETS, AdcVSR
+from stream import queue_bytes
 from video import SEGMENT, VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
@@ -259,7 +261,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     out = capfd.readouterr().out
     assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
     assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
-    queues = AdcVSR(**PRESETS["tiny"]).queue_bytes(24, 40) / 2**30
+    queues = queue_bytes(AdcVSR(**PRESETS["tiny"]), 24, 40) / 2**30
     assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues" in out
     assert "about twice that during a step; disk: 0.00 GB" in out
     assert names(tmp_path) == before
@@ -375,7 +377,7 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(AdcVSR, "encode", full_gpu)
-    monkeypatch.setattr(AdcVSR, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
+    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     line = refusal(clip, "--fresh", planned=True)
     assert "out of GPU memory with a single frame. Free the GPU, or use --dtype" in line
     assert not (tmp_path / "clip_x4.mp4").exists()
@@ -384,11 +386,24 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clip():
     """The peak of a process that reads, upscales, writes and joins five times as many frames."""
+    from bench import bench_memory
+
     short, long = bench_memory((120, 600), 48, 32)
     assert long < 1.05 * short
 
 
 # --- colour, windows, memory ---------------------------------------------------------------------------
+
+
+def test_the_paper_has_no_colour_step(tmp_path, run_here):
+    """A student of the full topology gives its own colours, unless others are asked for."""
+    torch.manual_seed(0)
+    AdcVSR(**PRESETS["full"] | NARROW).save_pretrained(tmp_path / "full")
+    clip = make_clip(tmp_path / "clip.mp4", frames=3)
+    for name, flags in {"default": (), "none": ("--color", "none"), "adain": ("--color", "adain")}.items():
+        run_here(clip, "-o", tmp_path / name, "--weights", tmp_path / "full", *flags)
+    default, none, adain = (read_clip(tmp_path / name) for name in ("default", "none", "adain"))
+    assert np.array_equal(default, none) and not np.array_equal(default, adain)
 
 
 def test_adain_gives_the_inputs_statistics():
@@ -422,18 +437,66 @@ def test_in_windows_every_frame_comes_once_with_context_on_both_sides():
             assert after >= infer.CONTEXT or after == frames - 1 - i
 
 
-def test_out_of_memory_halves_the_chunk_and_drops_no_frame(monkeypatch, weights):
-    net = AdcVSR.from_pretrained(weights).eval()
-    lr = torch.rand(1, 13, 3, 16, 16) * 2 - 1
-    encode = AdcVSR.encode
+# --- threads -------------------------------------------------------------------------------------------
 
-    def small_gpu(self, chunk, memory):
+
+def test_out_of_memory_halves_the_chunk_and_drops_no_frame(tmp_path, run_here, monkeypatch):
+    clip, encode = make_clip(tmp_path / "clip.mp4", frames=13), AdcVSR.encode
+
+    def small_gpu(self, chunk):
         if chunk.shape[1] > 2:
             raise torch.OutOfMemoryError
-        return encode(self, chunk, memory)
+        return encode(self, chunk)
 
-    expected = torch.cat(list(net.stream(lr.split(5, dim=1))), dim=1)
+    run_here(clip, "-o", tmp_path / "expected", "--dtype", "float32", "--chunk", 5)
+    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     monkeypatch.setattr(AdcVSR, "encode", small_gpu)
-    result = torch.cat(list(net.stream(lr.split(5, dim=1))), dim=1)
-    assert result.shape[1] == 13
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    run_here(clip, "-o", tmp_path / "halved", "--dtype", "float32", "--chunk", 5)
+    difference = read_clip(tmp_path / "halved").astype(int) - read_clip(tmp_path / "expected")
+    assert len(difference) == 13 and np.abs(difference).max() <= 1
+
+
+def test_a_frame_that_cannot_be_read_on_the_way_is_one_line_and_no_result(tmp_path, refusal, run_here):
+    with VideoWriter(tmp_path / "frames", 24, 16, Fraction(25)) as out:
+        for frame in np.random.default_rng(0).integers(0, 256, (24, 16, 24, 3), np.uint8):
+            out.write(frame)
+    bad = tmp_path / "frames" / "000020.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200])  # the header says its size
+    before = threading.active_count()
+    assert "frames/000020.png: corrupt image" in refusal(tmp_path / "frames", planned=True)
+    assert names(tmp_path) == ["frames"]
+    assert threading.active_count() == before
+    bad.write_bytes(whole)
+    run_here(tmp_path / "frames")
+    assert len(read_clip(tmp_path / "frames_x4")) == 24
+
+
+def test_ctrl_c_ends_all_threads_and_keeps_the_finished_segments(tmp_path):
+    clip = make_clip(tmp_path / "clip.mp4", frames=400, width=16, height=16)
+    parts = tmp_path / "clip_x4.mp4.parts"
+    process = subprocess.Popen(command(clip), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (parts / "00000000.nut").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in err and "Traceback" not in err
+    kept = names(parts)
+    assert kept == [*(f"{n:08d}.nut" for n in range(0, 96 * (len(kept) - 1), 96)), "plan.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files to stand for a full disk")
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_but_the_clip(tmp_path, name):
+    import resource
+
+    clip = make_clip(tmp_path / "clip.mkv", frames=30)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
+    done = subprocess.run(
+        command(clip, "-o", tmp_path / name), preexec_fn=limit, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1 and "cannot be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == ["clip.mkv"]

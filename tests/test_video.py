@@ -6,10 +6,10 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from fractions import Fraction
+from functools import partial
 from io import StringIO
 from itertools import islice, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
@@ -103,8 +103,8 @@ def doubled(path: Path, frames: list, reader: VideoReader) -> Path:
 
 
 def x2(source: Path, target: Path, segment=96, start=0.0, frames=None, stop=()) -> list[str]:
-    """What infer.py does, in segments of `segment` frames: interrupted before each frame of `stop`, gone on with
-    by another writer, then one file. Returns its notes."""
+    """What infer.py does, in segments of `segment` frames: interrupted before each frame of `stop`, gone on
+    with by another writer, then one file. Returns its notes."""
     with VideoReader(source, start) as reader, pytest.MonkeyPatch.context() as patch:
         patch.setattr(video, "SEGMENT", segment)
         size = 2 * reader.width, 2 * reader.height
@@ -712,6 +712,18 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
     write_clip(target, moving_clip(5))  # what the killed one left is no obstacle
     assert len(read_clip(target)) == 5
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be tied to a core here")
+@pytest.mark.skipif(os.cpu_count() < 2, reason="one core only")
+def test_the_bytes_of_a_video_do_not_depend_on_the_number_of_cores(tmp_path):
+    encode = "import sys, test_video as t; t.write_clip(sys.argv[1], t.moving_clip(50, 144, 192))"
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    for cores in ({0}, {0, 1}):
+        command = [sys.executable, "-c", encode, tmp_path / f"{len(cores)}.mp4"]
+        tie = partial(os.sched_setaffinity, 0, cores)
+        subprocess.run(command, env=os.environ | paths, preexec_fn=tie, check=True)
+    assert (tmp_path / "1.mp4").read_bytes() == (tmp_path / "2.mp4").read_bytes()
 
 
 # --- the awkward files ---------------------------------------------------------------------------------
