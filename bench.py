@@ -296,7 +296,7 @@ def train(script, args: Args) -> None:
     def step() -> None:
         script.train_step([clips], student, None, encoder, dists, *judges, world, cfg)
 
-    spent, work = seconds(step), teraflop(step)
+    spent, work = seconds(step, 2), teraflop(step)
     print(f"{script.__name__}, one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
     print(", ".join(f"{type(net).__name__} {weights_of(net) / 1e6:.4g} M" for net in nets))
     print(f"{spent:.3g} s a step, {work:.4g} TFLOP: {work / spent:.3g} TFLOP/s; peak {peak_memory():.1f} GB")
@@ -336,7 +336,8 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
     parts = {"procedural clip": lambda i: procedural_clip(generator(i), frames, (size, size))}
     parts |= {"degradation": lambda i: degrade(clip, generator(i))}
     if args.videos and args.images:
-        sources = Sources(args.videos, args.images, args.validation, frames=frames, size=size)
+        shape = {"frames": frames, "size": size}
+        sources = Sources(args.videos, args.images, validation=args.validation, **shape)
         one, two = TrainingClips(sources), TrainingClips(sources, stage=2, real_types=True)
         parts |= {"video, cropped": lambda i: one.draw(one.videos, frames, i)}
         parts |= {"photo, cropped": lambda i: one.draw(one.images, frames, i)}
