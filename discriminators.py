@@ -20,7 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from model import UNSHUFFLE, AdcVSR, Memory, TemporalConv, UNet, maybe_checkpoint, pad_to_multiple
-from runtime import UserError
+from runtime import UserError, freeze
 
 # Paper: Eq. 5. What the two heads should say of each type of clip: +1 real, -1 fake, 0 not asked.
 LABELS = {
@@ -137,18 +137,6 @@ def check_split(heads: tuple[int, ...], width: int) -> None:
     if len(heads) != 2 or min(heads) < 0 or sum(heads) != width:
         shown = " ".join(map(str, heads))
         raise UserError(f"--heads {shown}: give two numbers of channels that add up to {width}")
-
-
-def freeze(net: nn.Module) -> nn.Module:
-    """net, in place, with buffers for parameters: no `requires_grad_` and no optimiser reaches its weights.
-
-    The buffers are not persistent: checkpoints leave out what never changes.
-    """
-    for module in net.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            delattr(module, name)
-            module.register_buffer(name, weight.detach(), persistent=False)
-    return net.eval()
 
 
 class Discriminator(nn.Module):

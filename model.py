@@ -631,7 +631,7 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         for f, x in zip(features.split(self.TAIL_FRAMES), lr.split(self.TAIL_FRAMES)):
             sr = maybe_checkpoint(self.unet.checkpointing, self.decoder.tail, f).to(x.dtype)
             if self.pixel_skip:
-                sr = sr + F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")
+                sr = sr + bicubic(x)
             yield sr
 
     def finish(self, features: Tensor, lr: Tensor, shape: torch.Size) -> Iterator[Tensor]:
@@ -727,6 +727,11 @@ def maybe_checkpoint(on: bool, function, *args):
     if on and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
+
+
+def bicubic(x: Tensor) -> Tensor:
+    """Frames (n 3 h w) -> (n 3 4h 4w)."""
+    return F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -6,6 +6,7 @@ Admission test: a line that mentions a frame, a latent, a label or a loss belong
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -16,7 +17,10 @@ import sys
 import time
 import types
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,6 +36,20 @@ class UserError(ValueError):
     """Something the user can mend; its message is the one line that is shown: what is wrong, what to do."""
 
 
+@contextmanager
+def explained(
+    what: str, way_out: str, kind: type[UserError] = UserError, causes: type[Exception] | tuple = Exception
+) -> Iterator[None]:
+    """Whatever of `causes` fails inside becomes one line: `what (the reason). way_out`, raised as `kind`."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise  # explained already, or somebody's to retry
+    except causes as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{what} ({reason[:200]}). {way_out}") from error
+
+
 def run(main: Callable[[], None]) -> None:
     """main(), a `UserError` shown as one line with exit status 2, Ctrl-C with 130; other errors are bugs."""
     try:
@@ -43,6 +61,74 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Files and threads
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A place for a file or a folder that becomes `path` once the block has ended well: nobody ever sees half
+    of it, not even after a power cut. Raises OSError where it cannot be written."""
+    # As short as it is, it fits wherever the final name does; it is the same after a kill, and found again.
+    partial = path.with_name(f".partial-{hashlib.sha256(path.name.encode()).hexdigest()[:8]}{path.suffix}")
+    try:
+        remove(partial)
+        yield partial
+        for file in partial.rglob("*") if partial.is_dir() else [partial]:
+            if file.is_file():
+                with open(file, "r+b") as handle:  # Windows syncs only what is open for writing
+                    os.fsync(handle.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def ahead(items: Iterable, depth: int = 2) -> Iterator:
+    """The same items in the same order, made by a thread of their own, up to `depth` ahead.
+
+    An error in the thread is raised here, at its place. Whoever stops early waits for the item in the making.
+    """
+    items, end, waiting = iter(items), object(), deque()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            for _ in range(depth):
+                waiting.append(thread.submit(next, items, end))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, items, end))
+                yield item
+        finally:
+            for future in waiting:
+                future.cancel()
+            if hasattr(items, "close"):
+                thread.submit(items.close).result()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Networks that never learn
+
+
+def freeze(net: torch.nn.Module) -> torch.nn.Module:
+    """net, in place, with buffers for parameters: no `requires_grad_` and no optimiser reaches its weights.
+
+    The buffers are not persistent: checkpoints leave out what never changes.
+    """
+    for module in net.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach(), persistent=False)
+    return net.eval()
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -49,8 +50,6 @@ CRF = 16  # Choice: visually transparent, so that the encoder does not hide what
 # x264 at its default speed, with headers that do not depend on the content, so that segments fit together,
 # and without macroblock trees, which encode some frame sizes differently from run to run.
 X264 = {"preset": "medium", "x264-params": "stitchable=1:mbtree=0"}
-# Metadata may be no UTF-8. PyAV 14 to 18 raise at it unless told; 19 keeps its bytes and has no argument.
-FOREIGN_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
@@ -71,6 +70,26 @@ def to_network(rgb: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Float frames in [-1, 1] of any shape -> uint8: clipped and rounded to nearest, halves up."""
     return (x.float() * 127.5 + 128).floor().clamp(0, 255).byte()
+
+
+def to_clip(frames: Sequence[np.ndarray]) -> Tensor:
+    """Frames (h w 3) uint8 -> a clip (t 3 h w) uint8."""
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_frames(clip: Tensor) -> np.ndarray:
+    """A clip (t 3 h w), uint8 or float in [-1, 1] -> frames (t h w 3) uint8."""
+    clip = clip if clip.dtype == torch.uint8 else to_uint8(clip)
+    return clip.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple[slice, slice]:
+    """Rows and columns of the middle `part` (h, w) of frames of `size` (h, w), from a multiple of `unit` on.
+
+    Paper: Sec. 4.1, the centre crop of the test clips; unit 4 cuts HR where unit 1 cuts its LR.
+    """
+    starts = [max(0, a // unit - b // unit) // 2 * unit for a, b in zip(size, part)]
+    return tuple(slice(start, start + b) for start, b in zip(starts, part))
 
 
 # --- stills ---------------------------------------------------------------------------------------------
@@ -118,10 +137,14 @@ class Frame:
     time: Fraction
 
 
+# Titles that are not UTF-8 are no reason to refuse a file. PyAV 19 never does, and dropped the option.
+_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
+
 def _open_container(path: Path, name: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **FOREIGN_TEXT)
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **_LENIENT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
