@@ -3,7 +3,7 @@
     quality   PSNR, SSIM, detail and E*_warp of students, on clips that training never saw
     heads     the same of tiny's stage 2, trained once for each split of channels between the heads (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
-    table1    parameters and seconds of DOVE, AdcSR and AdcVSR, the paper's Table 1 beside them
+    table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
     train1    one step of stage 1 on one clip: seconds, memory, operations
     train2    one step of stage 2
     data      seconds of a core for each part of loading; a list of a million files
@@ -41,7 +41,9 @@ from infer import SHIPPED, choose_device_and_dtype
 from metrics import DISTS, detail, dis_flow, psnr, ssim, strips, warping_errors
 from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, bicubic
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
-from teacher import DoveTeacher, FeatureEncoder
+from seedvr2 import PRESETS as SEEDVR2
+from seedvr2 import NaDiT, VideoVAE
+from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
 from video import VideoWriter, to_clip, to_frames, to_network, to_uint8
 
 ROOT = Path(__file__).parent
@@ -178,10 +180,10 @@ def infer(args: Args) -> None:
             memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if ON_GPU else ""
             print(f"{name:8} {w}x{h} -> x4  {spent:7.3f} s/frame{memory}", flush=True)
     with TemporaryDirectory() as folder:
-        for length in (1, 100, 400):
+        for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"
             write_sample(clip, length)
-            spent, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
+            spent, _, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
             print(f"infer.py, {length:3} frames of 64x48  {spent:6.1f} s  {peak:6.0f} MB", flush=True)
 
 
@@ -192,20 +194,30 @@ def write_sample(path: Path, frames: int) -> None:
             out.write(pictures[min(i % 100, 99 - i % 100)])  # to and fro
 
 
-def as_process(code: str, *arguments) -> tuple[float, float]:
-    """Wall seconds of Python code in a process of its own, and the most memory it held, in MB (on Linux)."""
+PROBE = """
+import sys, time
+def held(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1000
+{setup}
+before, start = held(), time.perf_counter()
+{code}
+print(); print(time.perf_counter() - start, before, held())
+"""
+
+
+def as_process(code: str, *arguments, setup: str = "") -> tuple[float, float, float]:
+    """Seconds of Python code in a process of its own; the most MB held before it and after it (Linux)."""
     # Not by getrusage: there a child begins with its parent's peak.
-    code += "; print(); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    start, how = time.perf_counter(), {"cwd": ROOT, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **how)
+    command = [sys.executable, "-c", PROBE.format(setup=setup, code=code), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"this failed: {code} {arguments}: {done.stderr}")
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1000
+    spent, before, after = map(float, done.stdout.split()[-3:])
+    return spent, before, after
 
 
 # Paper: Table 1: parameters in billions, seconds.
-PAPER = {"DOVE": (10.55, 4.42), "AdcSR, frame by frame": (0.46, 0.52), "AdcSR, a batch": (0.46, 0.52),
-         "AdcVSR": (0.57, 0.55)}  # fmt: skip
+PAPER = {"DOVE": (10.55, 4.42), "SeedVR2": (8.24, 60.61), "AdcSR, frame by frame": (0.46, 0.52),
+         "AdcSR, a batch": (0.46, 0.52), "AdcVSR": (0.57, 0.55)}  # fmt: skip
 T5 = 4_762_310_656  # weights of DOVE's text encoder, which the paper counts; its only prompt is a file here
 
 
@@ -216,9 +228,10 @@ def table1(args: Args) -> dict[str, float]:
     print(f"{t}x{side}x{side} -> x4, {machine()}" + ("" if ON_GPU else "; seconds: of small twins"))
     print(f"{'':22} parameters   seconds  faster     paper: parameters, seconds, faster")
     for name, (billions, paper) in PAPER.items():
-        make = dove if name == "DOVE" else adcvsr if name == "AdcVSR" else adcsr
+        make = {"DOVE": dove, "SeedVR2": seedvr2, "AdcVSR": adcvsr}.get(name, adcsr)
         with torch.device("meta"):
-            size = weights_of(make("full")) + T5 * (name == "DOVE")
+            counted = make("full").net if name == "SeedVR2" else make("full")  # of that not the VAE
+            size = weights_of(counted) + T5 * (name == "DOVE")
         with torch.device(DEVICE), torch.no_grad():
             net = make(preset).to(DEVICE, torch.bfloat16).eval()
             pieces = lr.split(1 if name.endswith("frame by frame") else t, dim=1)
@@ -256,6 +269,14 @@ def dove(preset: str) -> DoveTeacher:
     return DoveTeacher(transformer, vae, CogVideoXDPMScheduler(), torch.zeros(226, text), seed=0)
 
 
+def seedvr2(preset: str) -> SeedVR2Teacher:
+    """SeedVR2 at random weights: full, which is the 7B, or tiny."""
+    full = preset == "full"
+    net = NaDiT(**SEEDVR2["7b"] if full else SEEDVR2["tiny"] | {"latents": VideoVAE.LATENTS})
+    vae = VideoVAE() if full else VideoVAE((8, 8, 16, 16), groups=4)
+    return SeedVR2Teacher(net, vae, torch.zeros(58, net.txt_in.in_features))
+
+
 # ---- Training ---------------------------------------------------------------------------------------------
 
 
@@ -286,8 +307,8 @@ def train(script, args: Args) -> None:
     def step() -> None:
         script.train_step([clips], student, None, encoder, dists, *judges, world, cfg)
 
-    spent, work = seconds(step), teraflop(step)
-    print(f"one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
+    spent, work = seconds(step, 2), teraflop(step)
+    print(f"{script.__name__}, one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
     print(", ".join(f"{type(net).__name__} {weights_of(net) / 1e6:.4g} M" for net in nets))
     print(f"{spent:.3g} s a step, {work:.4g} TFLOP: {work / spent:.3g} TFLOP/s; peak {peak_memory():.1f} GB")
 
@@ -326,7 +347,8 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
     parts = {"procedural clip": lambda i: procedural_clip(generator(i), frames, (size, size))}
     parts |= {"degradation": lambda i: degrade(clip, generator(i))}
     if args.videos and args.images:
-        sources = Sources(args.videos, args.images, args.validation, frames=frames, size=size)
+        shape = {"frames": frames, "size": size}
+        sources = Sources(args.videos, args.images, validation=args.validation, **shape)
         one, two = TrainingClips(sources), TrainingClips(sources, stage=2, real_types=True)
         parts |= {"video, cropped": lambda i: one.draw(one.videos, frames, i)}
         parts |= {"photo, cropped": lambda i: one.draw(one.images, frames, i)}
@@ -343,13 +365,10 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
         names = Path(folder) / "names.txt"
         names.write_text("".join(f"clips/{i // 1000:04d}/{i % 1000:03d}.mp4\n" for i in range(10**6)))
         os.utime(names, (0, 0))  # a list is kept once it is older than clocks are coarse
-        load = f"from pathlib import Path; import data, sys; data.INDEXES = Path({folder!r})"
-        before = as_process(load)
+        setup = f"from pathlib import Path; import data; data.INDEXES = Path({folder!r})"
         for turn in "first process", "others":
-            spent, peak = as_process(load + "; len(data.list_files(sys.argv[1], {'.mp4'}))", names)
-            print(
-                f"a million names, {turn}: {spent - before[0]:.1f} s, {peak - before[1]:.0f} MB", flush=True
-            )
+            spent, before, peak = as_process("data.list_files(sys.argv[1], {'.mp4'})[0]", names, setup=setup)
+            print(f"a million names, {turn}: {spent:.1f} s, {peak - before:.0f} MB", flush=True)
 
 
 WORK = {

@@ -6,6 +6,7 @@ prediction, ground truth --video.py--> frames in step --> PSNR, SSIM, LPIPS, DIS
                                                       --> DOVER                       the whole clip
 Averaged over the frames of a clip, then over clips, unweighted. PSNR, SSIM, DISTS (also a loss, Eq. 2) and
 E*_warp are written out here; the others belong to their packages, imported when asked for, never required.
+`validate` is what training asks at each checkpoint; `detail` is ours, for what a blurred clip lacks.
 """
 
 import json

@@ -182,8 +182,8 @@ def rotary(x: Tensor) -> Tensor:
     Then products of queries and keys know how many frames lie between the two, whatever the clip's length.
     Choice: the paper says nothing about positions; these are RoFormer's, with its base of 10,000.
     """
-    t, d = x.shape[-2:]
-    index, pair = (torch.arange(n, device=x.device, dtype=torch.float64) for n in (t, d // 2))
+    (t, d), dtype = x.shape[-2:], torch.promote_types(x.dtype, torch.float32)
+    index, pair = (torch.arange(n, device=x.device, dtype=dtype) for n in (t, d // 2))
     angle = index[:, None] * 10_000 ** (-2 * pair / d)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
@@ -500,6 +500,10 @@ class HalfDecoder(nn.Module):
 
     def tail(self, features: Tensor) -> Tensor:
         """features (n c h/2 w/2) -> (n 3 4h 4w)."""
+        # In the layout of its own weights: on a CPU, training wants another than channels-last here, in which
+        # PyTorch's gradient of the normalisation of wide frames with few channels is ten times slower.
+        if self.conv_out.weight.is_contiguous():
+            features = features.contiguous()
         for block in self.up_blocks:
             features = block(features)
         return self.conv_out(F.silu(self.conv_norm_out(features)))

@@ -602,6 +602,6 @@ class VideoVAE(nn.Module):
         with explained(f"{path}: not the video VAE of SeedVR2", COMPLETE, WeightsError):
             widths = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.bias"].numel() for i in range(4)]
             with torch.device("meta"):
-                vae = cls(widths, groups=widths[0] // 4)  # no tensor tells; the official file has 128 and 32
+                vae = cls(widths, groups=min(32, widths[0] // 2))  # no tensor tells; the official has 32
             vae.load_state_dict(state, assign=True)
         return vae.to(dtype)

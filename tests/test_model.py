@@ -151,7 +151,7 @@ def test_attention_over_time_is_the_naive_one():
     x = torch.randn(2, 5, 32, 2, 3, dtype=torch.float64)
     clip, out = (rearrange(v, "b t c h w -> b h w t c") for v in (x, block(x)))
     q, k, v = block.qkv(F.layer_norm(clip, (32,), block.norm.weight, block.norm.bias)).chunk(3, dim=-1)
-    turn = torch.exp(1j * torch.arange(5).double()[:, None] * torch.tensor([1.0, 1 / 100]).double())
+    turn = torch.exp(1j * torch.arange(5)[:, None] * torch.tensor([1, 1 / 100], dtype=torch.float64))
     heads = []
     for i in range(0, 32, 4):
         (q_i, k_i) = (torch.complex(y[..., i : i + 2], y[..., i + 2 : i + 4]) * turn for y in (q, k))
@@ -164,7 +164,7 @@ def test_attention_over_time_is_the_naive_one():
 @pytest.mark.parametrize("kind", model.TEMPORAL_KINDS)
 @pytest.mark.parametrize("t", [5, 40])
 def test_the_order_of_the_frames_matters(kind, t):
-    """What looks along time makes something else of a shuffled clip than the shuffled result, at any length."""
+    """What looks along time makes of a shuffled clip more than its result shuffled, at any length."""
     block, x, order = awake(model.TEMPORAL_KINDS[kind](16)), torch.randn(1, t, 16, 2, 2), torch.randperm(t)
     assert distance(block(x[:, order]), block(x)[:, order]) > 1e-3
 
