@@ -217,7 +217,7 @@ class Settings:
 
     out: str = "runs"           # folder of checkpoints, log and pictures
     steps: int = 200_000        # optimiser steps                                     Paper: Sec. 4.1
-    every: int = 1000           # steps between checkpoints and looks at held-out clips, 100 lines of the log
+    every: int = 1000           # steps from one checkpoint, with a look at held-out clips, to the next
     seed: int = 0               # of the initial weights, of the data and of every random draw
     checkpointing: bool = True  # recompute activations in the backward pass to save memory
     workers: int = 8            # processes that load data, for each training process

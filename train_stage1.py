@@ -41,7 +41,7 @@ class Config(Settings, Teacher, Data):
     student: Literal["full", "tiny"] = "full"  # the network; full begins with AdcSR's weights
     temporal: Literal["layer", "block", "none", "double", "attention"] = "layer"  # 1D blocks  Paper: Table 5
     pixel_skip: bool = False                # add the bicubic x4 of the input to the output
-    dists: Literal["pretrained", "seeded", "none"] = "pretrained"  # seeded: no download       Paper: Eq. 2
+    dists: Literal["pretrained", "seeded", "none"] = "pretrained"  # loss; seeded: untrained   Paper: Eq. 2
     lr: float = 1e-4                        # Adam, halved after each of halve_at              Paper: Sec. 4.1
     halve_at: tuple[int, ...] = (100_000,)  # steps                                            Paper: Sec. 4.1
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
@@ -50,9 +50,9 @@ class Config(Settings, Teacher, Data):
 
 PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "preset":         ("24gb",  "tiny",       "smoke"),
-    # Choice: tiny's recipe is ours; the paper has none for a network that starts from nothing on two CPU cores,
-    # in front of a cache of clips. Its pixel skip leaves no room for feature targets, and DISTS needs a trained
-    # VGG: it learns by L1 alone.
+    # Choice: tiny's recipe is ours; the paper has none for a network that starts from nothing on two CPU
+    # cores, which a cache of clips keeps busy. Its pixel skip leaves no room for feature targets, and DISTS
+    # needs a trained VGG: it learns by L1 alone.
     "student":        (None,    "tiny",       "tiny"),
     "adcsr":          (None,    (),           ()),
     "pixel_skip":     (None,    True,         None),

@@ -65,13 +65,13 @@ class Config(Settings, Teacher, Data):
     out: str = "runs/stage2"                # folder of checkpoints, log and pictures
     init: str = "runs/stage1"               # stage 1's checkpoint, or the folder of them: the newest
     domains: tuple[Literal["pixel", "feature"], ...] = ("pixel", "feature")  # where D judges  Paper: Table 3
-    heads: tuple[int, int] = HEADS          # channels for detail and for consistency    Paper: Sec. 4.1, Table 6
+    heads: tuple[int, int] = HEADS          # channels for detail and for consistency          Paper: Table 6
     separate: bool = False                  # a discriminator for each head, which collapses   Paper: App. B
     labels: Literal["full", "single", "three_types", "detailed_video"] = "full"  # Eq. 5; Paper: Tables 3, 7
     real_video: Literal["data", "teacher"] = "data"  # what counts as real video               Paper: Table 7
     backbone: str = BACKBONE                # ConvNeXt of D_pixel: a timm name, or tiny
     shift: int = 0                          # rows and columns, up to this many, that D_pixel's clips lose
-    dists: Literal["pretrained", "seeded", "none"] = "pretrained"  # seeded: no download       Paper: Eq. 2
+    dists: Literal["pretrained", "seeded", "none"] = "pretrained"  # loss; seeded: untrained   Paper: Eq. 2
     lr: float = 1e-5                        # Adam, halved after each of halve_at              Paper: Sec. 4.1
     halve_at: tuple[int, ...] = (100_000,)  # steps                                            Paper: Sec. 4.1
     lr_disc: float = 1e-7                   # the discriminators', constant                    Paper: Sec. 4.1
@@ -83,12 +83,13 @@ class Config(Settings, Teacher, Data):
 PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "preset":         ("24gb",  "tiny",       "smoke"),
     "init":           (None,    None,         "runs/smoke/stage1"),
-    # Choice: tiny's recipe is ours. At 1e-7, discriminators that start from nothing would hardly move. Through a
-    # random backbone they ask for more than a small student can do: at lambda_adv = 1 it answers with noise.
+    # Choice: tiny's recipe is ours. At 1e-7, discriminators that start from nothing would hardly move.
+    # Through a random backbone they ask for more than a small student can do: at lambda_adv = 1 it answers
+    # with noise.
     "domains":        (None,    ("pixel",),   None),
     "heads":          (None,    (48, 16),     (48, 16)),
     "backbone":       ("convnext_base.clip_laion2b", "tiny", "tiny"),  # 24gb: light enough for one such card
-    "shift":          (None,    7,            None),  # smoke: odd maps are not bit for bit the same in bfloat16
+    "shift":          (None,    7,            None),  # smoke: odd maps are not bit for bit repeatable
     "teacher":        (None,    "gt",         "gt"),
     "teacher_cache":  ("cache", "tiny_cache", None),
     "vae":            (None,    None,         "seeded"),

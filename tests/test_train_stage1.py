@@ -165,10 +165,10 @@ def test_a_cached_target_or_a_teacher_stands_in_for_hr():
     assert update(Gain(), [clip])["pixel"] == 0
     assert update(Gain(), [clip | {"target": clip["hr"] + 0.25}])["pixel"] == 0.25
 
-    def teacher(lr):
-        return clip["hr"] + 0.5
+    def teacher(lr, index):
+        return clip["hr"] + 0.5 * index
 
-    optimiser = torch.optim.SGD(Gain().parameters(), lr=1.0)
+    optimiser, clip["index"] = torch.optim.SGD(Gain().parameters(), lr=1.0), torch.tensor([1])
     assert train_step([clip], Gain(), teacher, None, None, optimiser, WORLD, CONFIG)["pixel"] == 0.5
 
 
