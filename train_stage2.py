@@ -81,7 +81,7 @@ class Config(Settings, Teacher, Data):
     lambda_adv: float = 1.0                 # weight of the adversarial losses in both         Paper: Eq. 2, 3
 
 
-LIGHT, LITE = "convnext_base.clip_laion2b", "efficientnet_lite0"  # backbones for one small card, for a CPU
+LIGHT, LITE = "convnext_base.clip_laion2b", "efficientnet_lite0"  # backbones for a small card, for a CPU
 PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "preset":         ("24gb",    "compact",     "tiny",       "smoke"),
     "init":           (None,      None,          None,         "runs/smoke/stage1"),
