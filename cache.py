@@ -103,7 +103,7 @@ def settings_of(cache: Path, **now) -> dict:
         raise DataError(f"{cache}: no cache.json, so it is not a cache. Make one with cache.py.")
     with explained(f"{cache / 'cache.json'}: cannot be read", "Copy the cache again.", DataError):
         saved = dict(json.loads((cache / "cache.json").read_text()))
-    if changed := [f"{k} was {saved.get(k)}, now {now[k]}" for k in now if saved.get(k) != now[k]]:
+    if changed := [f"{k} was {saved.get(k)!r}, now {now[k]!r}" for k in now if saved.get(k) != now[k]]:
         way_out = "Use these settings, or another cache."
         raise DataError(f"{cache} was made with other settings: {', '.join(changed)}. {way_out}")
     return saved

@@ -128,7 +128,7 @@ def test_a_cache_of_other_settings_is_refused_and_left_alone(cached, dove):
     assert_one_line(error, "size was 64, now 32", "seed was 0, now 1")
     with pytest.raises(DataError) as error:
         make(SMOKE, cached)
-    assert_one_line(error, "teacher was DOVE, now gt")
+    assert_one_line(error, "teacher was 'DOVE', now 'gt'")
     assert files_of(cached) == before
 
 
@@ -244,7 +244,7 @@ def test_an_incomplete_cache_is_used_as_far_as_it_goes_and_an_empty_one_refused(
 def test_clips_the_teacher_and_what_is_held_out_must_be_those_of_the_cache(dove, cached, tmp_path):
     with pytest.raises(DataError) as error:
         CachedClips(cached, clips_of(), "elsewhere/STAR", validation="some/held_out.txt")
-    assert_one_line(error, "teacher was DOVE, now STAR", "validation was , now held_out.txt")
+    assert_one_line(error, "teacher was 'DOVE', now 'STAR'", "validation was '', now 'held_out.txt'")
     for larger in {"frames": 4}, {"size": 96}:
         with pytest.raises(DataError) as error:
             CachedClips(cached, clips_of(**larger), str(dove))
