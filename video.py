@@ -137,10 +137,14 @@ class Frame:
     time: Fraction
 
 
+# Titles that are not UTF-8 are no reason to refuse a file. PyAV 19 never does, and dropped the option.
+_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+
+
 def _open_container(path: Path, name: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **_LENIENT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
