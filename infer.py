@@ -1,44 +1,52 @@
 """A clip in, its x4 clip out: `python infer.py clip.mp4` writes clip_x4.mp4 beside it.
 
-    video.py: frames --> chunks in [-1, 1] --> model.py: AdcVSR.stream --> colour --> clip_x4.mp4.parts/*.mp4
-                                                        all segments are there --> video.py: clip_x4.mp4
+    a thread: video.py        another: stream.py, model.py               this one: video.py
+    VideoReader --> chunks --> the network, one exact stream --> colour --> ResumableWriter --> clip_x4.mp4
 
 Frames pass as a stream: memory does not grow with the clip, and the result is that of the whole clip at once.
 Finished segments survive any interruption: the same command goes on where it stopped. Paper: Sec. 4.1 for
 `--protocol adcvsr`; the rest is what users of such a tool need.
 """
 
-import argparse
-import json
+import ctypes
 import math
-import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, count, islice
+from functools import cache
+from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
+from tyro.constructors import PrimitiveConstructorSpec
 
-from model import SCALE, AdcVSR, WeightsError
-from runtime import UserError, run
+from model import SCALE, AdcVSR, WeightsError, bicubic
+from runtime import UserError, ahead, explained, run
+from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
     CRF,
+    IMAGE_SUFFIXES,
+    SEGMENT,
     VIDEO_FORMATS,
     VIDEO_SUFFIXES,
+    X264_PRESET,
     Frame,
-    Output,
+    ResumableWriter,
     VideoReader,
-    VideoWriter,
-    concatenate,
+    centre,
+    to_clip,
+    to_frames,
     to_network,
     to_uint8,
 )
@@ -48,21 +56,74 @@ DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
     "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
 )
+MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
-CONTEXT = 4  # Choice: frames that a window of --window shares with either neighbour
-SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
-PROFILE_FRAMES = 2000  # Choice: rows of --profile at most, so that its memory is bounded too
-CHANGES_RESULT = "chunk window color dtype device crf protocol downscale start duration compare".split()
+
+# --- Command line ------------------------------------------------------------------------------------
+
+
+def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1) -> PrimitiveConstructorSpec:
+    """What tyro has no type for, or shows with more types than a user has to know."""
+    return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
+
+
+# Frame times are fractions: as floats, most of them would fall before or behind their frame.
+SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
+FILE = written_as("PATH", lambda words: Path(words[0]))
+TWO_FILES = written_as("NET_PARAMS HALF_DECODER", tuple, 2)
+
+
+@dataclass(frozen=True)
+class Args:
+    input: tyro.conf.Positional[tuple[Path, ...]]  # video, folder of frames, image, or folder of clips
+    # default: <name>_x4 beside the input; a folder for several inputs
+    output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
+    weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
+    # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
+    adcsr: Annotated[tuple[str, str] | None, TWO_FILES] = None
+    chunk: int = CHUNK  # frames a step
+    window: int = 0  # windows of N frames instead of one exact stream (0: stream)
+    color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is fast
+    device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
+    crf: int = CRF  # H.264 quality, 0 best, 51 worst
+    # of H.264: the slower, the smaller the file
+    x264_preset: Literal["ultrafast", "veryfast", "fast", "medium", "slow", "veryslow"] = X264_PRESET
+    start: Annotated[Fraction, SECONDS] = Fraction(0)  # seconds to skip
+    duration: Annotated[Fraction | None, SECONDS] = None  # seconds to upscale
+    compare: bool = False  # also <output>_compare: bicubic left, result right
+    dry_run: bool = False  # print the plan and stop
+    fresh: bool = False  # forget the finished segments of an interrupted run
+    protocol: Literal["adcvsr"] | None = None  # the paper's test input: 25 frames, centre crop to 128x128
+    downscale: Literal[1, 4] = 1  # with --protocol: 4 for LQ stored at HR size
+
+
+CHANGES_RESULT = "chunk window color dtype device crf x264_preset protocol downscale start duration".split()
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    described = {"description": __doc__.partition("\n")[0], "config": (tyro.conf.FlagCreatePairsOff,)}
+    args = tyro.cli(Args, args=argv, **described)
+    wrong = {
+        "no input: name a video, a folder of frames, an image, or a folder of clips": not args.input,
+        f"--chunk {args.chunk}: give 1 or more": args.chunk < 1,
+        f"--window {args.window}: give more than {2 * CONTEXT}, the frames that overlap": (
+            args.window and args.window <= 2 * CONTEXT
+        ),
+        f"--crf {args.crf}: give 0 to 51": not 0 <= args.crf <= 51,
+        "--start, --duration: give seconds, the duration more than 0": (
+            args.start < 0 or (args.duration is not None and args.duration <= 0)
+        ),
+        "--downscale: only with --protocol adcvsr": args.downscale > 1 and not args.protocol,
+    }
+    for line in (line for line, applies in wrong.items() if applies):
+        raise UserError(line)
+    return args
 
 
 # --- Colour: detail from the network, colour from the input. sr (t 3 4h 4w), lr (t 3 h w), both in [-1, 1]
-
-
-def enlarged(lr: Tensor) -> Tensor:
-    """Bicubic x4: (t 3 h w) -> (t 3 4h 4w)."""
-    return F.interpolate(lr, scale_factor=float(SCALE), mode="bicubic")
 
 
 def adain(sr: Tensor, lr: Tensor) -> Tensor:
@@ -74,7 +135,7 @@ def adain(sr: Tensor, lr: Tensor) -> Tensor:
 
 def wavelet(sr: Tensor, lr: Tensor, levels: int = 5) -> Tensor:
     """Replaces the low frequencies of each frame, what `levels` widening 3x3 blurs leave, by the input's."""
-    low = enlarged(lr) - sr
+    low = bicubic(lr) - sr
     taps = torch.tensor([0.25, 0.5, 0.25], device=sr.device)
     kernel = (taps[:, None] * taps).expand(3, 1, 3, 3)
     for level in range(levels):  # a blur of the difference is the difference of the blurs
@@ -83,9 +144,9 @@ def wavelet(sr: Tensor, lr: Tensor, levels: int = 5) -> Tensor:
     return sr + low
 
 
-COLORS = {"none": lambda sr, lr: sr, "adain": adain, "wavelet": wavelet}
+COLORS = {"adain": adain, "wavelet": wavelet}
 
-# --- The stream --------------------------------------------------------------------------------------
+# --- Frames in, frames out ---------------------------------------------------------------------------
 
 
 def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
@@ -95,25 +156,14 @@ def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
     reduced bicubically.
     """
     side = PROTOCOL_SIDE * downscale
-    top, left = (max(0, n - side) // 2 for n in rgb.shape[:2])
-    rgb = rgb[top : top + side, left : left + side]
+    rgb = rgb[centre(rgb.shape[:2], (side, side))]
     if downscale == 1:
         return rgb
-    x = F.interpolate(as_network([rgb]), scale_factor=1 / downscale, mode="bicubic", antialias=True)
-    return as_frames(x)[0]
+    x = to_network(to_clip([rgb]))
+    return to_frames(F.interpolate(x, scale_factor=1 / downscale, mode="bicubic", antialias=True))[0]
 
 
-def as_network(frames: list[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
-    """Frames (h w 3) uint8 -> (t 3 h w) in [-1, 1] on the device."""
-    return to_network(rearrange(torch.from_numpy(np.stack(frames)).to(device), "t h w c -> t c h w"))
-
-
-def as_frames(x: Tensor) -> np.ndarray:
-    """(t 3 h w) in [-1, 1] -> (t h w 3) uint8."""
-    return rearrange(to_uint8(x), "t c h w -> t h w c").cpu().numpy()
-
-
-def wanted_frames(reader: VideoReader, args: argparse.Namespace) -> Iterator[Frame]:
+def wanted_frames(reader: VideoReader, args: Args) -> Iterator[Frame]:
     """The clip's frames that the flags ask for."""
     for number, frame in enumerate(reader):
         if args.duration is not None and frame.time >= args.start + args.duration:
@@ -125,59 +175,69 @@ def wanted_frames(reader: VideoReader, args: argparse.Namespace) -> Iterator[Fra
         yield frame
 
 
-def in_windows(net: AdcVSR, chunks: Iterator[Tensor], window: int) -> Iterator[Tensor]:
-    """The other way through a long clip: windows of `window` frames, each on its own, as training saw clips.
-
-    The outer CONTEXT frames of a window overlap with its neighbours and are cut off. chunks (1 t 3 h w) ->
-    results (1 t 3 4h 4w), in order.
-    """
-    held, skip = None, 0
-    for chunk in chunks:
-        held = chunk if held is None else torch.cat([held, chunk], dim=1)
-        while held.shape[1] >= window:
-            yield net(held[:, :window])[:, skip : window - CONTEXT]
-            held, skip = held[:, window - 2 * CONTEXT :], CONTEXT
-    if held is not None:
-        yield net(held)[:, skip:]
+def in_chunks(frames: Iterator[Frame], size: int, pinned: bool) -> Iterator[tuple[list[Frame], Tensor]]:
+    """`size` frames at a time, and the same as a clip (t 3 h w) uint8: pinned, a GPU fetches it by itself."""
+    while chunk := list(islice(frames, size)):
+        clip = to_clip([frame.rgb for frame in chunk])
+        yield chunk, clip.pin_memory() if pinned else clip
 
 
-def upscale(
-    net: AdcVSR, frames: Iterator[Frame], chunk: int, window: int = 0, color: str = "none"
-) -> Iterator[tuple[Frame, np.ndarray]]:
-    """(source frame, its x4 frame (4h 4w 3) uint8), in order: as one stream, or in windows."""
-    device = net.unet.conv_in.weight.device
+def fetched(x: Tensor) -> Tensor:
+    """x (...) on the CPU; from a GPU it has arrived when all that was asked of the GPU so far is done."""
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
+
+
+def super_resolve(
+    net: AdcVSR, chunks: Iterable[tuple[list[Frame], Tensor]], window: int = 0, color: str = "none"
+) -> Iterator[list[tuple[Frame, np.ndarray]]]:
+    """What `in_chunks` gives -> the frames whose x4 (4h 4w 3) uint8 is ready, each with it, in order."""
+    weight = next(net.parameters())
+    device, dtype = weight.device, str(weight.dtype)[6:]
     waiting: deque[Frame] = deque()  # frames whose result is still to come
 
-    def chunks() -> Iterator[Tensor]:
-        while batch := list(islice(frames, chunk)):
-            waiting.extend(batch)
-            yield as_network([f.rgb for f in batch], device)[None]
+    def inputs() -> Iterator[Tensor]:
+        for chunk, clip in chunks:
+            waiting.extend(chunk)
+            yield to_network(clip.to(device, non_blocking=True))[None]
 
-    for sr in in_windows(net, chunks(), window) if window else net.stream(chunks()):
-        sources = [waiting.popleft() for _ in range(sr.shape[1])]
-        sr = COLORS[color](sr[0].float(), as_network([f.rgb for f in sources], device))
-        if not torch.isfinite(sr).all():
-            at, dtype = float(sources[0].time), str(net.unet.conv_in.weight.dtype)[6:]
+    def pieces() -> Iterator[tuple]:
+        for sr in in_windows(net, inputs(), window) if window else stream(net, inputs()):
+            sources, sr = [waiting.popleft() for _ in range(sr.shape[1])], sr[0]
+            if color in COLORS:
+                lr = to_network(to_clip([frame.rgb for frame in sources]).to(device))
+                sr = COLORS[color](sr.float(), lr)
+            rgb = rearrange(to_uint8(sr), "t c h w -> t h w c")
+            result = sources, fetched(rgb), fetched(torch.isfinite(sr).all())
+            yield *result, torch.cuda.current_stream(device).record_event() if sr.is_cuda else None
+
+    # A piece is waited for when the next one is on its way: so a GPU is never without work.
+    for (sources, rgb, finite, arrived), _ in pairwise(chain(pieces(), [None])):
+        if arrived:
+            arrived.synchronize()
+        if not finite:
             way_out = "Use other weights." if dtype == "float32" else "Use --dtype float32 --fresh."
-            raise UserError(f"the network's output at {at:.2f} s is not finite in {dtype}. {way_out}")
-        yield from zip(sources, as_frames(sr))
+            time = float(sources[0].time)
+            raise UserError(f"the network's output at {time:.2f} s is not finite in {dtype}. {way_out}")
+        yield list(zip(sources, rgb.numpy()))
     assert not waiting, "as many frames come out as go in"
 
 
 def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
     """Bicubic x4 of the input on the left, the result on the right: (4h 8w 3) uint8."""
-    return np.concatenate([as_frames(enlarged(as_network([frame.rgb])))[0], sr], axis=1)
+    return np.concatenate([to_frames(bicubic(to_network(to_clip([frame.rgb]))))[0], sr], axis=1)
 
 
 # --- The network -------------------------------------------------------------------------------------
 
 
-def load_network(args: argparse.Namespace) -> AdcVSR:
+def load_network(args: Args) -> AdcVSR:
     """The network that the flags ask for, on its device, in its dtype."""
     if args.adcsr:  # without temporal blocks: they would start as the identity
-        net = AdcVSR.from_adcsr(*args.adcsr, trust_pickle=args.trust_pickle, temporal="none")
+        net = AdcVSR.from_adcsr(*args.adcsr, temporal="none")
     else:
         net = AdcVSR.from_pretrained(args.weights)
+        if args.weights == str(SHIPPED):
+            print(DEMO_NOTICE, file=sys.stderr)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     try:
         net = net.to(device)
@@ -189,17 +249,18 @@ def load_network(args: argparse.Namespace) -> AdcVSR:
 def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """What "auto" means: a GPU if there is one, bfloat16 where the machine computes it fast."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else mps
     if dtype == "auto":
+        dtype = "float32"
         if device.startswith("cuda"):
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        else:
-            told = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
-            dtype = "bfloat16" if told.get("amx_bf16") else "float32"
+        elif device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
+            dtype = "bfloat16"  # an older torch does not tell
     return device, getattr(torch, dtype)
 
 
-# --- One clip: plan, segments, final file ------------------------------------------------------------
+# --- One clip ----------------------------------------------------------------------------------------
 
 
 def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
@@ -207,14 +268,13 @@ def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
     return path.with_name(path.stem + ending + (path.suffix if suffix is None else suffix))
 
 
-def default_output(reader: VideoReader) -> Path:
+def default_output(clip: Path) -> Path:
     """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
-    path = reader.path.resolve()
-    if reader.kind == "folder":
-        return path.with_name(f"{path.name}_x4")
-    kept = path.suffix.lower() if path.suffix.lower() in VIDEO_FORMATS else ".mp4"
-    suffix = {"image": ".png", "video": ".mkv" if path.suffix.lower() == ".webm" else kept}[reader.kind]
-    return suffixed(reader.path, "_x4", suffix)
+    if clip.is_dir():
+        return clip.resolve().with_name(f"{clip.resolve().name}_x4")
+    suffix = clip.suffix.lower()
+    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".png")
+    return suffixed(clip, "_x4", others.get(suffix, suffix if suffix in VIDEO_FORMATS else ".mp4"))
 
 
 def fingerprint(path: Path) -> list:
@@ -223,166 +283,61 @@ def fingerprint(path: Path) -> list:
     return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
 
 
-class Job:
-    """One clip: what becomes of it, where, and its segments, which live in `<output>.parts/`.
+def input_size(reader: VideoReader, args: Args) -> tuple[int, int]:
+    """(w, h) of what the network is given."""
+    side = PROTOCOL_SIDE * args.downscale if args.protocol else sys.maxsize
+    return min(reader.width, side) // args.downscale, min(reader.height, side) // args.downscale
 
-    size, total, done  (w, h) of the network's input; frames to come, None if unknown; finished segments
-    targets            what is to be made, with its width: the result, and with --compare a second clip
-    """
 
-    def __init__(self, reader: VideoReader, folder: Path | None, args: argparse.Namespace):
-        self.reader, self.args = reader, args
-        default = default_output(reader)
-        self.output = folder / default.name if folder else args.output or default
-        if self.output.resolve() == reader.path.resolve():
-            raise UserError(f"{reader.path}: the output would replace the input. Choose another -o.")
-        self.suffix = self.output.suffix.lower()
-        side = PROTOCOL_SIDE * args.downscale if args.protocol else sys.maxsize
-        self.size = w, _ = [min(n, side) // args.downscale for n in (reader.width, reader.height)]
-        self.targets = {self.output: SCALE * w}
-        if args.compare:
-            self.targets[suffixed(self.output, "_compare")] = 2 * SCALE * w
-        for target in self.targets:  # refuse what cannot be written before anything is computed
-            Output(target).remove_partial()
-        self.total = self.expected_frames()
-        if self.suffix == ".png" and (self.total or 1) > 1:
-            raise UserError(f"{self.output}: a .png holds one frame. Give a video, or a folder for PNGs.")
-        self.parts, self.done = self.output.with_name(f"{self.output.name}.parts"), 0
-        while not args.fresh and all(self.segment(target, self.done).exists() for target in self.targets):
-            self.done += 1  # a segment has its name only once it is whole
+def expected_frames(reader: VideoReader, args: Args) -> int | None:
+    limits = [PROTOCOL_FRAMES] if args.protocol else []
+    if args.duration is not None:
+        limits.append(math.ceil(args.duration * reader.rate))
+    if reader.frames is not None:
+        limits.append(max(1, reader.frames - int(args.start * reader.rate)))
+    return min(limits, default=None)
 
-    def expected_frames(self) -> int | None:
-        limits = [PROTOCOL_FRAMES] if self.args.protocol else []
-        if self.args.duration is not None:
-            limits.append(math.ceil(self.args.duration * self.reader.rate))
-        if self.reader.frames is not None:
-            limits.append(max(1, self.reader.frames - int(self.args.start * self.reader.rate)))
-        return min(limits, default=None)
 
-    def segment(self, target: Path, k: int) -> Path:
-        """Segment k of a target: an .mp4, whose clock is exact, a folder of PNGs, or the one PNG."""
-        suffix = ".mp4" if self.suffix in VIDEO_FORMATS else self.suffix
-        return self.parts / f"{k:06d}{'' if target == self.output else '_compare'}{suffix}"
+def writers_for(output: Path, reader: VideoReader, args: Args) -> list[ResumableWriter]:
+    """The result's and, with --compare, its comparison's. `UserError` where they cannot be written."""
+    if output.resolve() == reader.path.resolve():
+        raise UserError(f"{reader.path}: the output would replace the input. Choose another -o.")
+    if output.suffix.lower() == ".png" and (expected_frames(reader, args) or 1) > 1:
+        raise UserError(f"{output}: a .png holds one frame. Give a video, or a folder for PNGs.")
+    made_by = {"input": fingerprint(reader.path)}
+    made_by |= {"weights": [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]}
+    made_by |= {k: str(getattr(args, k)) for k in CHANGES_RESULT}
+    w, h = input_size(reader, args)
+    sizes = {output: (SCALE * w, SCALE * h)}
+    if args.compare:
+        sizes[suffixed(output, "_compare")] = 2 * SCALE * w, SCALE * h
+    settings = {"to_end": args.duration is None, "crf": args.crf, "preset": args.x264_preset}
+    writers = [ResumableWriter(p, *wh, reader, made_by, args.fresh, **settings) for p, wh in sizes.items()]
+    for writer in writers:
+        writer.done = min(w.done for w in writers)
+    return writers
 
-    def print_plan(self, net: AdcVSR) -> None:
-        """What is to be done: frames, segments, memory, disk. `UserError` where the disk is too full."""
-        (w, h), reader, output, args = self.size, self.reader, self.output, self.args
-        frames, weight = self.total or 0, next(net.parameters())
-        rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
-        queues, lag = (0, args.window - 1) if args.window else (net.queue_bytes(h, w) / 2**30, net.lag)
-        pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
-        disk = pixels * BYTES["video" if self.suffix in VIDEO_FORMATS else "png"] / 2**30
-        print(
-            f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
-            f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, {self.done} done; "
-            f"chunks of {args.chunk} on {weight.device} in {str(weight.dtype)[6:]}; "
-            f"first result after {lag + 1} frames\n"
-            f"memory: {queues:.2f} GB in queues between chunks, about twice that during a step; "
-            f"disk: {disk:.2f} GB, twice that while segments are joined"
-        )
-        free = shutil.disk_usage(output.resolve().parent).free / 2**30
-        if 2 * disk > free:
-            needed = f"needs about {2 * disk:.1f} GB, {free:.1f} GB are free"
-            raise UserError(f"{output}: {needed}. Choose another -o.")
 
-    def open_parts(self) -> None:
-        """The folder of finished segments, new or as it was left. `UserError` if it was made otherwise."""
-        weights = [fingerprint(Path(p)) for p in self.args.adcsr or [self.args.weights]]
-        plan = {"input": fingerprint(self.reader.path), "weights": weights}
-        plan |= {k: str(getattr(self.args, k)) for k in CHANGES_RESULT}
-        file = self.parts / "plan.json"
-        if self.args.fresh:
-            shutil.rmtree(self.parts, ignore_errors=True)
-        if file.is_file():
-            made = json.loads(file.read_text() or "{}")  # empty after a power cut
-            if changed := [k for k in plan if made.get(k) != plan[k]]:
-                way_out = "Use --fresh to start again, or another -o."
-                raise UserError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
-            return
-        try:
-            self.parts.mkdir(exist_ok=True)
-            (self.parts / "plan.partial").write_text(json.dumps(plan))
-            os.replace(self.parts / "plan.partial", file)
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise UserError(f"{self.parts}: {reason}. Choose another -o.") from error
-
-    def write_segments(self, net: AdcVSR) -> list[Fraction]:
-        """Writes the segments that are not done; returns the time of every segment's first frame.
-
-        After an interruption the stream starts again early enough that its beginning has no influence, on the
-        same grid of chunks, so that every number is computed as it would have been.
-        """
-        args, starts = self.args, []
-
-        def noting_starts() -> Iterator[Frame]:
-            for number, frame in enumerate(wanted_frames(self.reader, args)):
-                if number % SEGMENT == 0:
-                    starts.append(frame.time)
-                yield frame
-
-        keep = self.done * SEGMENT
-        reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
-        early = max(0, (keep - reach) // grid * grid)
-        frames = islice(noting_starts(), early, None)  # decoding is far faster than the network
-        color = args.color or ("none" if net.pixel_skip else "adain")
-        results = islice(upscale(net, frames, grid, args.window, color), keep - early, None)
-        with tqdm(total=self.total, initial=keep, unit="frame", disable=None, dynamic_ncols=True) as bar:
-            for k in count(self.done):
-                if (first := next(results, None)) is None:
-                    return starts
-                self.write_segment(k, chain([first], islice(results, SEGMENT - 1)), bar)
-
-    def write_segment(self, k: int, results: Iterator[tuple[Frame, np.ndarray]], bar: tqdm) -> None:
-        height, settings = SCALE * self.size[1], (self.reader.rate, self.reader, self.args.crf)
-        with ExitStack() as stack:
-            writers = [
-                stack.enter_context(VideoWriter(self.segment(target, k), width, height, *settings))
-                for target, width in self.targets.items()
-            ]
-            for frame, sr in results:
-                writers[0].write(sr, frame.time)
-                for writer in writers[1:]:
-                    writer.write(side_by_side(frame, sr), frame.time)
-                bar.update()
-
-    def run(self, net: AdcVSR) -> None:
-        """All segments, then the final files under their names."""
-        self.open_parts()
-        known = list(self.reader.notes)
-        starts = self.write_segments(net)
-        if not starts:
-            shutil.rmtree(self.parts)
-            start = f"--start {float(self.args.start):g}"
-            raise UserError(f"{self.reader.path}: no frame from {start} on. Give less.")
-        notes = self.reader.notes
-        for target in self.targets:
-            segments = [self.segment(target, k) for k in range(len(starts))]
-            if self.suffix == ".png":
-                os.replace(segments[0], target)
-            else:
-                to_end = self.args.duration is None
-                notes = notes + concatenate(segments, starts, target, self.reader, to_end)
-        shutil.rmtree(self.parts)
-        if self.args.profile:
-            self.write_profile()
-        print_notes(note for note in dict.fromkeys(notes) if note not in known)
-
-    def write_profile(self) -> None:
-        """<output>_profile.png: the middle row of pixels over time, bicubic above ours. Paper: Fig. 3."""
-        rows = {"bicubic": [], "ours": []}
-        with VideoReader(self.output) as result:
-            for frame, sr in islice(zip(wanted_frames(self.reader, self.args), result), PROFILE_FRAMES):
-                middle = len(frame.rgb) // 2
-                # Bicubic looks two pixels away.
-                band = as_network([frame.rgb[max(0, middle - 3) : middle + 3]])
-                bicubic = as_frames(enlarged(band))[0]
-                rows["bicubic"].append(bicubic[len(bicubic) // 2])
-                rows["ours"].append(sr.rgb[SCALE * middle])
-        picture = np.concatenate([np.stack(r) for r in rows.values()])
-        path = suffixed(self.output, "_profile", ".png")
-        with VideoWriter(path, *picture.shape[1::-1], self.reader.rate) as out:
-            out.write(picture)
+def print_plan(net: AdcVSR, reader: VideoReader, writer: ResumableWriter, args: Args) -> None:
+    """What is to be done: frames, segments, memory, disk. `UserError` where the disk is too full."""
+    (w, h), frames = input_size(reader, args), expected_frames(reader, args) or 0
+    weight, output = next(net.parameters()), writer.path
+    rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
+    queues, lag = (0, args.window - 1) if args.window else (queue_bytes(net, h, w) / 2**30, net.lag)
+    pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
+    disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
+    print(
+        f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
+        f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, "
+        f"{writer.done // SEGMENT} done; chunks of {args.chunk} on {weight.device} in "
+        f"{str(weight.dtype)[6:]}; first result after {lag + 1} frames\n"
+        f"memory: {queues:.2f} GB in queues between chunks, about twice that during a step; "
+        f"disk: {disk:.2f} GB, twice that while segments are joined"
+    )
+    free = shutil.disk_usage(output.resolve().parent).free / 2**30
+    if 2 * disk > free:
+        needed = f"needs about {2 * disk:.1f} GB, {free:.1f} GB are free"
+        raise UserError(f"{output}: {needed}. Choose another -o.")
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -390,85 +345,77 @@ def print_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-# --- command line --------------------------------------------------------------------------------------
+def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: Args) -> None:
+    """One clip: read -> network -> colour -> write."""
+    with VideoReader(clip, args.start) as reader, ExitStack() as stack:
+        writers, net = writers_for(output, reader, args), network()
+        print_plan(net, reader, writers[0], args)
+        print_notes(reader.notes)
+        if args.dry_run:
+            return
+        known, total, done = list(reader.notes), expected_frames(reader, args), writers[0].done
+        # After an interruption: early enough that the beginning has no influence, on the same grid of chunks,
+        # so that every number is computed as it would have been.
+        reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
+        first = max(0, (done - reach) // grid * grid)
+        color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
+
+        frames = islice(wanted_frames(reader, args), first, None)
+        chunks = ahead(in_chunks(frames, grid, pinned=next(net.parameters()).is_cuda))  # one thread decodes
+        stack.enter_context(closing(chunks))
+        results = ahead(super_resolve(net, chunks, args.window, color), depth=4)  # one computes
+        stack.enter_context(closing(results))
+        bar = stack.enter_context(tqdm(total=total, initial=done, unit="frame", disable=None))
+        with ExitStack() as open_writers:  # this one encodes
+            for writer in writers:
+                open_writers.enter_context(writer)
+            for frame, sr in islice(chain.from_iterable(results), done - first, None):
+                writers[0].write(sr, frame.time)
+                for writer in writers[1:]:
+                    writer.write(side_by_side(frame, sr), frame.time)
+                bar.update()
+            if not writers[0].done:
+                raise UserError(f"{clip}: no frame from --start {float(args.start):g} on. Give less.")
+        bar.close()
+        notes = chain(reader.notes, *(writer.notes for writer in writers))
+        print_notes(note for note in dict.fromkeys(notes) if note not in known)
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("input", type=Path, nargs="+", help="video, folder of frames, image, or folder of clips")
-    add("-o", "--output", type=Path, help="default: <name>_x4 beside the input; a folder for several inputs")
-    add("--weights", default=str(SHIPPED), help="folder, training checkpoint or hub id")
-    add("--adcsr", nargs=2, metavar=("NET_PARAMS", "HALF_DECODER"), help="AdcSR's two official files")
-    add("--trust-pickle", action="store_true", help="let AdcSR's files run code while they load")
-    add("--chunk", type=int, default=CHUNK, help=f"frames a step ({CHUNK})")
-    add("--window", type=int, default=0, help="windows of N frames instead of one exact stream (0: stream)")
-    add("--color", choices=COLORS, help="colour from the input; default: adain, for tiny none")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    add("--crf", type=int, default=CRF, help=f"H.264 quality, 0 best, 51 worst ({CRF})")
-    add("--start", type=Fraction, default=Fraction(0), help="seconds to skip")
-    add("--duration", type=Fraction, help="seconds to upscale")
-    add("--compare", action="store_true", help="also <output>_compare: bicubic left, result right")
-    add("--profile", action="store_true", help="also <output>_profile.png: one row over time")
-    add("--dry-run", action="store_true", help="print the plan and stop")
-    add("--fresh", action="store_true", help="forget the finished segments of an interrupted run")
-    add("--protocol", choices=("adcvsr",), help="the paper's test input: 25 frames, centre crop to 128x128")
-    add(
-        "--downscale", type=int, choices=(1, 4), default=1, help="with --protocol: 4 for LQ stored at HR size"
-    )
-    args = parser.parse_args(argv)
-    if args.chunk < 1:
-        parser.error(f"--chunk {args.chunk}: give 1 or more")
-    if args.window and args.window <= 2 * CONTEXT:
-        parser.error(f"--window {args.window}: give more than {2 * CONTEXT}, the frames that overlap")
-    if not 0 <= args.crf <= 51:
-        parser.error(f"--crf {args.crf}: give 0 to 51")
-    if args.start < 0 or (args.duration is not None and args.duration <= 0):
-        parser.error("--start, --duration: give seconds, the duration more than 0")
-    if args.downscale > 1 and not args.protocol:
-        parser.error("--downscale: only with --protocol adcvsr")
-    return args
+# --- All clips ---------------------------------------------------------------------------------------
+
+
+def keep_memory() -> None:
+    """glibc gives large tensors back after each use, and their pages come back zeroed, a tenth of the time."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for parameter, value in MALLOPT.values():
+            libc.mallopt(parameter, value)
 
 
 def clips_in(path: Path) -> list[Path]:
     """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
-    clips = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else []
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and p.name[0] != "."]
     results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
-    return [p for p in clips if p.stem.removesuffix(".partial") not in results] or [path]
-
-
-def upscale_clip(clip: Path, folder: Path | None, net: AdcVSR | None, args, made: set[Path]) -> AdcVSR:
-    """One clip, into `folder` if there is one. Returns the network, loaded once the first clip is open."""
-    with VideoReader(clip, start=args.start) as reader:
-        job = Job(reader, folder, args)
-        if job.output in made:
-            raise UserError(f"{clip}: {job.output} is another input's result. Give each its own -o.")
-        made.add(job.output)
-        if net is None:
-            net = load_network(args)
-            if args.weights == str(SHIPPED) and not args.adcsr:
-                print(DEMO_NOTICE, file=sys.stderr)
-        job.print_plan(net)
-        print_notes(reader.notes)
-        if not args.dry_run:
-            job.run(net)
-        return net
+    return [p for p in clips if p.stem not in results] or [path]
 
 
 def main() -> None:
+    keep_memory()
     args = parse()
     clips = [clip for path in args.input for clip in clips_in(path)]
-    folder = args.output if clips != args.input or len(clips) > 1 else None
+    folder = args.output if clips != list(args.input) or len(clips) > 1 else None
     if folder:
-        try:
+        with explained(f"{folder}: not a folder", "Several inputs need one.", causes=OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: not a folder ({error.strerror}); several inputs need one.") from error
-    net, failed, made = None, 0, set()
+    network = cache(lambda: load_network(args))  # once the first clip is open
+    failed, made = 0, set()
     for clip in clips:
         try:
-            net = upscale_clip(clip, folder, net, args, made)
+            output = folder / default_output(clip).name if folder else args.output or default_output(clip)
+            if output in made:
+                raise UserError(f"{clip}: {output} is another input's result. Give each its own -o.")
+            made.add(output)
+            upscale_clip(clip, output, network, args)
         except torch.OutOfMemoryError as error:
             way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
             raise UserError(f"{clip}: out of GPU memory with a single frame. {way_out}") from error

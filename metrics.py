@@ -6,34 +6,35 @@ prediction, ground truth --video.py--> frames in step --> PSNR, SSIM, LPIPS, DIS
                                                       --> DOVER                       the whole clip
 Averaged over the frames of a clip, then over clips, unweighted. PSNR, SSIM, DISTS (also a loss, Eq. 2) and
 E*_warp are written out here; the others belong to their packages, imported when asked for, never required.
+`validate` is what training asks at each checkpoint; `detail` is ours, for what a blurred clip lacks.
 """
 
-import argparse
-import csv
-import io
 import json
 import math
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
+from typing import Annotated, Literal
 
 import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tyro
 from einops import pack, rearrange, repeat, unpack
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from runtime import UserError, run
-from video import VIDEO_SUFFIXES, VideoError, VideoReader, to_network, to_uint8
+from model import SCALE, bicubic
+from runtime import UserError, complete, explained, freeze, run
+from video import VIDEO_SUFFIXES, VideoReader, centre, to_clip, to_frames, to_network, to_uint8
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
 
@@ -102,6 +103,25 @@ def ssim(pred: Tensor, gt: Tensor, color: str = "yiq", crop: int = 0) -> Tensor:
     return (luminance * contrast.clamp(min=0)).mean((-3, -2, -1))
 
 
+# ---- Detail -----------------------------------------------------------------------------------------------
+
+
+def high_frequencies(clip: Tensor) -> Tensor:
+    """What LR has no room for: luma's spectrum (t n) above 1/8 cycle a pixel; clip (t 3 h w)."""
+    luma = comparable(clip, clip, "yiq", crop=0)[0, :, 0].double()
+    h, w = luma.shape[-2:]
+    window = torch.outer(torch.hann_window(h), torch.hann_window(w)).to(luma)  # a frame's ends do not meet
+    spectrum = torch.fft.rfft2((luma - luma.mean((1, 2), keepdim=True)) * window)
+    return spectrum[:, torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)) > 0.5 / SCALE]
+
+
+def detail(pred: Tensor, gt: Tensor) -> Tensor:
+    """Energy of a clip's high frequencies as a share of the ground truth's, invented ones and noise included;
+    pred, gt (t 3 h w), uint8 or float in [0, 1]. Returns ()."""
+    pred, gt = (high_frequencies(clip).abs().square().sum() for clip in (pred, gt))
+    return pred / gt
+
+
 # ---- What may not be here ---------------------------------------------------------------------------------
 
 
@@ -109,17 +129,12 @@ class Unavailable(UserError):
     """A metric whose package or weights are not here; the message is the one line the user sees."""
 
 
-@contextmanager
 def needs(metric: str, packages: str, weights: str, instead: str = ""):
     """A missing package or failed download in one line; `weights` is a path inside torch's hub folder."""
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        file = f"{Path(torch.hub.get_dir()) / weights}, downloaded at first use"
-        raise Unavailable(
-            f"{metric} not computed: {reason}; needs pip install {packages}, and {file}{instead}"
-        ) from None
+    file = f"{Path(torch.hub.get_dir()) / weights}, downloaded at first use"
+    way_out = f"It needs pip install {packages}, and {file}{instead}."
+    causes = (ImportError, OSError, RuntimeError)
+    return explained(f"{metric} not computed", way_out, Unavailable, causes)
 
 
 # ---- E*_warp: flow, mask, warping error -------------------------------------------------------------------
@@ -240,9 +255,7 @@ def warping_errors(
 # ---- DISTS: metric and loss -------------------------------------------------------------------------------
 
 VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions and channels of each stage
-
-
-DISTS_FRAMES = 4  # frames whose VGG activations a backward pass holds at once
+DISTS_FRAMES = 4  # frames whose VGG activations the loss holds at once
 
 
 class DISTS(nn.Module):
@@ -263,13 +276,13 @@ class DISTS(nn.Module):
             for conv in convs:
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=rng)
                 nn.init.zeros_(conv.bias)
-        hann = torch.hann_window(5, periodic=False)[1:-1]
-        self.register_buffer("hann", torch.outer(hann, hann) / hann.sum() ** 2)
+        hann = torch.tensor([0.25, 0.5, 0.25])
+        self.register_buffer("hann", torch.outer(hann, hann))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
         self.register_buffer("alpha", torch.ones(sum(self.widths)))
         self.register_buffer("beta", torch.ones(sum(self.widths)))
-        self.eval().requires_grad_(False)
+        freeze(self)
 
     @classmethod
     def seeded(cls) -> "DISTS":
@@ -279,22 +292,19 @@ class DISTS(nn.Module):
     @classmethod
     def from_pretrained(cls) -> "DISTS":
         """torchvision's ImageNet VGG16, and the published alpha and beta, which torchmetrics ships."""
-        dists = cls()
         with needs("DISTS", "torchmetrics torchvision", "checkpoints/vgg16-397923af.pth"):
             package = Path(import_module("torchmetrics").__file__).parent
             learned = torch.load(package / "functional/image/dists_models/weights.pt", weights_only=True)
-            vgg = import_module("torchvision.models").VGG16_Weights.IMAGENET1K_V1.get_state_dict(
-                progress=False
-            )
-        dists.load_vgg(vgg, learned["alpha"], learned["beta"])
-        return dists
+            vgg = import_module("torchvision.models").VGG16_Weights.IMAGENET1K_V1
+            return cls().load_vgg(vgg.get_state_dict(progress=False), learned["alpha"], learned["beta"])
 
-    def load_vgg(self, vgg: dict[str, Tensor], alpha: Tensor, beta: Tensor) -> None:
+    def load_vgg(self, vgg: dict[str, Tensor], alpha: Tensor, beta: Tensor) -> "DISTS":
         """torchvision's VGG state dict, whose convolutions stand in order, and the learned weights."""
         convs = [tensor for name, tensor in vgg.items() if name.startswith("features.")]
-        mine = [*self.stages.parameters(), self.alpha, self.beta]
+        mine = [*self.stages.buffers(), self.alpha, self.beta]
         for tensor, loaded in zip(mine, [*convs, alpha.flatten(), beta.flatten()], strict=True):
             tensor.copy_(loaded)
+        return self
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Images (n 3 h w) in [0, 1] -> the images and a map (n c h/2^k w/2^k) of each stage k."""
@@ -312,10 +322,9 @@ class DISTS(nn.Module):
         """Distance of each frame: pred, gt (... 3 h w) in [0, 1] -> (...), 0 for equal frames."""
         (pred, lead), (gt, _) = (pack([frames], "* c h w") for frames in (pred, gt))
         weights = torch.stack([self.alpha, self.beta]) / (self.alpha + self.beta).sum()
+        maps = zip(self.features(pred), self.features(gt), weights.split(self.widths, dim=1))
         similarity = 0.0
-        for x, y, (alpha, beta) in zip(
-            self.features(pred), self.features(gt), weights.split(self.widths, dim=1)
-        ):
+        for x, y, (alpha, beta) in maps:
             x, y = x.float(), y.float()  # statistics of whole maps: too fine for half precision
             mean_x, mean_y = x.mean((-2, -1)), y.mean((-2, -1))
             var_x, var_y = x.var((-2, -1), correction=0), y.var((-2, -1), correction=0)
@@ -324,6 +333,28 @@ class DISTS(nn.Module):
             structure = (2 * covariance + 1e-6) / (var_x + var_y + 1e-6)
             similarity = similarity + (alpha * texture + beta * structure).sum(1)
         return unpack(1 - similarity, lead, "*")[0]
+
+
+def load_dists(name: str) -> DISTS | None:
+    """The network of the loss: pretrained, seeded (no judge, but no download) or none."""
+    return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
+
+
+def dists_loss(dists: DISTS, x_s: Tensor, x_t: Tensor) -> Tensor:
+    """Mean DISTS of frames (b t 3 h w) in [-1, 1], as a loss for x_s. Paper: Eq. 2.
+
+    Choice: on frames clamped to [0, 1], each on its own, as DOVE's training computes it.
+    """
+    x, y = (rearrange(v, "b t c h w -> (b t) c h w").add(1).div(2).clamp(0, 1) for v in (x_s, x_t))
+    # The activations of 25 frames of 512x512 would fill a card, and keeping none would mean to compute them
+    # twice. So the gradient is taken at once, a few frames at a time, and waits in a term whose value is 0.
+    distances, gradients = [], []
+    for a, b in zip(x.detach().split(DISTS_FRAMES), y.detach().split(DISTS_FRAMES)):
+        distances.append(dists(a.requires_grad_(), b))
+        (distances[-1].sum() / len(x)).backward()
+        gradients.append(a.grad)
+    term = (x * torch.cat(gradients)).sum()
+    return torch.cat(distances).detach().mean() + (term - term.detach())
 
 
 # ---- The packages' metrics --------------------------------------------------------------------------------
@@ -414,65 +445,49 @@ def profile_picture(profiles: dict[str, Tensor]) -> np.ndarray:
 
 def strips(sides: Iterable[Tensor]) -> Tensor:
     """Clips (t 3 h w) side by side, each its middle frame above its middle row over time: (3 h+3t n*w)."""
-    return torch.cat(
-        [
-            torch.cat([side[len(side) // 2], repeat(row_over_time(side), "c t w -> c (t n) w", n=3)], dim=-2)
-            for side in sides
-        ],
-        dim=-1,
-    )
+    columns = []
+    for side in sides:
+        over_time = repeat(row_over_time(side), "c t w -> c (t n) w", n=3)
+        columns.append(torch.cat([side[len(side) // 2], over_time], dim=-2))
+    return torch.cat(columns, dim=-1)
+
+
+# ---- Validation while training ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def validate(student, teacher, clips: Iterable, pictures: Path, step: int) -> dict[str, float]:
-    """Mean PSNR in dB over fixed clips, and a picture of each: LR bicubic | student | teacher | HR, the
-    middle frame above its middle row over time (flicker draws ragged streaks).
+def validate(student, teacher, held_out: Iterable, folder: Path, step: int) -> dict[str, float]:
+    """How good the student is on clips it never learns from, and a picture of each, `folder/name_step.png`:
+    LR bicubic | student | teacher | HR, the middle frame above its middle row over time.
 
-    student, teacher: lr (b t 3 h w) -> (b t 3 4h 4w), both in [-1, 1]; teacher may be None;
-    clips: (name, hr (t 4h 4w 3), lr (t h w 3)), uint8; pictures: the folder for `name_step.png`.
+    student, teacher: lr (b t 3 h w) -> (b t 3 4h 4w), both in [-1, 1]; teacher may be None.
+    held_out: (name, hr (t 4h 4w 3), lr (t h w 3)), uint8. Returns the clips' means: psnr and psnr_bicubic in
+    dB, ssim, detail, and, of more than one frame, ewarp (corrected, with DIS).
     """
-    device, scores = next(student.parameters()).device, {"psnr": [], "psnr_bicubic": []}
-    pictures.mkdir(parents=True, exist_ok=True)
-    for name, hr, lr in clips:
-        lr = to_network(rearrange(torch.from_numpy(lr), "t h w c -> 1 t c h w").to(device))
-        sides = [F.interpolate(lr[0], scale_factor=float(SCALE), mode="bicubic")]
+    device, rows = next(student.parameters()).device, []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, hr, lr in held_out:
+        lr, hr = to_network(to_clip(lr).to(device)), to_clip(hr).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            sides += [student(lr)[0]]
-        sides += [teacher(lr)[0]] if teacher else []
-        bicubic, sr, *others = (to_uint8(side.float()).cpu() for side in sides)
-        hr = rearrange(torch.from_numpy(hr), "t h w c -> t c h w")
-        scores["psnr"].append(psnr(sr, hr).mean().item())
-        scores["psnr_bicubic"].append(psnr(bicubic, hr).mean().item())
-        picture = rearrange(strips((bicubic, sr, *others, hr)), "c h w -> h w c")
-        imageio.imwrite(pictures / f"{name}_{step:06d}.png", picture.numpy())
-    return {name: sum(values) / len(values) for name, values in scores.items()}
-
-
-def load_dists(name: str) -> DISTS | None:
-    """The network of the loss: pretrained, seeded (no judge, but no download) or none."""
-    if name not in ("pretrained", "seeded", "none"):
-        raise UserError(f"--dists {name}: give pretrained, seeded or none")
-    return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
-
-
-def dists_loss(dists: "DISTS", pred: Tensor, target: Tensor) -> Tensor:
-    """Mean DISTS of frames (b t 3 h w) in [-1, 1], as a loss. Paper: Eq. 2.
-
-    Choice: on frames clamped to [0, 1], each on its own, as DOVE's training computes it. A few frames at a
-    time, whose activations the backward pass makes anew: those of 25 frames of 512x512 would fill a card.
-    """
-    pred, target = (
-        rearrange(x, "b t c h w -> (b t) c h w").add(1).div(2).clamp(0, 1) for x in (pred, target)
-    )
-    groups = zip(pred.split(DISTS_FRAMES), target.split(DISTS_FRAMES))
-    return torch.cat([checkpoint(dists, a, b, use_reentrant=False) for a, b in groups]).mean()
+            x_s = student(lr[None])[0]
+        x_t = [teacher(lr[None])[0]] if teacher else []
+        smooth, sr, *target = map(to_uint8, (bicubic(lr), x_s, *x_t))
+        scores = {"psnr": psnr(sr, hr), "psnr_bicubic": psnr(smooth, hr), "ssim": ssim(sr, hr)}
+        scores["detail"] = detail(sr, hr)
+        if len(sr) > 1:
+            scores["ewarp"] = warping_errors(sr, dis_flow)
+        rows.append({score: values.mean().item() for score, values in scores.items()})
+        picture = strips((smooth, sr, *target, hr))
+        imageio.imwrite(folder / f"{name}_{step:06d}.png", to_frames(picture[None])[0])
+    return {score: sum(row[score] for row in rows) / len(rows) for score in rows[0]}
 
 
 # ---- Clips in pairs, frames in step -----------------------------------------------------------------------
 
-PROTOCOL_FRAMES, SCALE = 25, 4  # Paper: Sec. 4.1
+PROTOCOL_FRAMES = 25  # Paper: Sec. 4.1
 Sides = dict[str, Path]  # "input" and "ground truth" where given, and "prediction"
 LAYOUT = {"input": ("LQ", "LQ-Video"), "prediction": (), "ground truth": ("GT", "GT-Video")}  # DOVE's folders
+BESIDE = ("_x4_compare", ".parts")  # what infer.py puts beside its results, and no prediction
 
 
 def find_clips(path: Path, folders: tuple[str, ...]) -> dict[str, Path]:
@@ -481,9 +496,11 @@ def find_clips(path: Path, folders: tuple[str, ...]) -> dict[str, Path]:
         raise UserError(f"{path}: no such file or folder")
     path = next((path / folder for folder in folders if (path / folder).is_dir()), path.resolve())
     inside = sorted(p for p in path.iterdir() if p.name[0] != ".") if path.is_dir() else []
-    found = [p for p in inside if p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES] or [path]
-    clips = {(p.name if p.is_dir() else p.stem).removesuffix("_x4"): p for p in found}  # infer.py's suffix
-    if twice := set(found) - set(clips.values()):
+    found = [p for p in inside if p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES]
+    stems = {p: p.name if p.is_dir() else p.stem for p in found or [path]}
+    stems = {p: stem for p, stem in stems.items() if p == path or not stem.endswith(BESIDE)}
+    clips = {stem.removesuffix("_x4"): p for p, stem in stems.items()}  # infer.py's suffix
+    if twice := set(stems) - set(clips.values()):
         raise UserError(f"{twice.pop()}: a second clip of that name; keep one of them")
     return clips
 
@@ -503,51 +520,60 @@ def pair_clips(paths: Sides) -> dict[str, Sides]:
     return {name: {side: clips[name] for side, clips in found.items()} for name in names}
 
 
-def same_scene(sizes: dict[str, tuple[int, int]], args: argparse.Namespace) -> dict[str, tuple[slice, slice]]:
+def same_scene(sizes: dict[str, tuple[int, int]], protocol: str | None) -> dict[str, tuple[slice, slice]]:
     """Rows and columns of each side, of sizes (h, w), that show the same scene; UserError where none do.
 
     By the paper's protocol infer.py cut the input's centre, so the rest is cut here at the matching offsets.
     """
     cut = {side: (slice(0, h), slice(0, w)) for side, (h, w) in sizes.items()}
     (h, w), gt, lr = sizes["prediction"], sizes.get("ground truth"), sizes.get("input")
-
-    def centre(size: tuple[int, int], part: tuple[int, int], unit: int) -> tuple[slice, slice]:
-        starts = [max(0, a // unit - b // unit) // 2 * unit for a, b in zip(size, part)]
-        return tuple(slice(start, start + b) for start, b in zip(starts, part))
-
-    if args.protocol and lr:  # stored at HR size in RealVSR and MVSR4x
-        cut["input"] = centre(lr, (h, w) if lr == gt else (h // SCALE, w // SCALE), 1)
-    if args.protocol and gt and gt[0] >= h and gt[1] >= w:
+    if protocol and lr:  # stored at HR size in RealVSR and MVSR4x
+        cut["input"] = centre(lr, (h, w) if lr == gt else (h // SCALE, w // SCALE))
+    if protocol and gt and gt[0] >= h and gt[1] >= w:
         cut["ground truth"] = centre(gt, (h, w), 1 if lr == gt else SCALE)
     elif gt and gt != (h, w):
-        if not args.allow_mismatch:
-            found = f"prediction {w}x{h}, ground truth {gt[1]}x{gt[0]}: sizes differ"
-            raise UserError(f"{found}; fix the output or pass --allow-mismatch (crops both at the top left)")
-        cut["prediction"] = cut["ground truth"] = (slice(0, min(h, gt[0])), slice(0, min(w, gt[1])))
+        raise UserError(f"prediction {w}x{h}, ground truth {gt[1]}x{gt[0]}: sizes differ; fix the output")
     return cut
 
 
-def in_step(sides: Sides, args: argparse.Namespace) -> Iterator[dict[str, np.ndarray]]:
+def in_step(sides: Sides, protocol: str | None) -> Iterator[dict[str, np.ndarray]]:
     """Frames (h w 3) uint8 of all sides at one time, as a stream; UserError where one side ends early."""
     with ExitStack() as stack:
         readers = {side: stack.enter_context(VideoReader(path)) for side, path in sides.items()}
-        cut = same_scene({side: (r.height, r.width) for side, r in readers.items()}, args)
-        limit = PROTOCOL_FRAMES if args.protocol else None
+        cut = same_scene({side: (r.height, r.width) for side, r in readers.items()}, protocol)
+        limit = PROTOCOL_FRAMES if protocol else None
         streams = {side: islice(reader, limit) for side, reader in readers.items()}
         for n in count():
             frames = {side: next(stream, None) for side, stream in streams.items()}
             ended = [side for side, frame in frames.items() if frame is None]
-            if len(ended) == len(frames) or (ended and args.allow_mismatch):
+            if len(ended) == len(frames):
                 break
             if ended:
                 lengths = {s: n + (s not in ended) + sum(1 for _ in stream) for s, stream in streams.items()}
                 found = ", ".join(f"{side} {length} frames" for side, length in lengths.items())
-                way_out = "fix the output or pass --allow-mismatch (drops the extra frames)"
-                raise UserError(f"{found}: lengths differ; {way_out}")
+                raise UserError(f"{found}: lengths differ; fix the output")
             yield {side: frame.rgb[cut[side]] for side, frame in frames.items()}
         for side, reader in readers.items():
             for note in reader.notes:
                 print(f"note: {side} {reader.name}: {note}")
+
+
+REACH = SCALE  # pixels that a ground truth is moved about: one of LR, beyond which data are no pairs
+WORTH = 0.1  # dB; a smaller gain may be chance
+
+
+def best_shift(frames: Iterable[dict[str, np.ndarray]]) -> tuple[int, int, float]:
+    """The whole pixels (dx, dy) by which all of a clip's ground truth lies beside its prediction, and the dB
+    of PSNR (on luma) that this costs; frames as of `in_step`. A blurred prediction is no shifted one."""
+    errors = 0.0
+    for frame in frames:
+        pair = (to_clip([frame[side]]) for side in ("prediction", "ground truth"))
+        pred, gt = comparable(*pair, "yiq", crop=0)[:, 0, 0]
+        h, w = (size - 2 * REACH for size in pred.shape)
+        moved = gt.unfold(0, h, 1).unfold(1, w, 1)  # (dy dx h w), a view
+        errors = errors + (moved - pred[REACH:-REACH, REACH:-REACH]).square().mean((-2, -1))
+    dy, dx = (int(place) - REACH for place in np.unravel_index(errors.argmin(), errors.shape))
+    return dx, dy, 10 * torch.log10(errors[REACH, REACH] / errors.min()).item()
 
 
 # ---- Scores -----------------------------------------------------------------------------------------------
@@ -560,7 +586,7 @@ METRICS = {  # Paper: Tab. 1, its columns: (needs a ground truth, decimals)
 BATCH_PIXELS = 8 * 512 * 512  # of the prediction, at once on the device
 
 
-def load_judge(name: str, args: argparse.Namespace, device: str) -> Callable:
+def load_judge(name: str, args: "Args", device: str) -> Callable:
     """The function behind a metric; `Unavailable` where it cannot be had."""
     paper = args.protocol == "adcvsr"
     if name == "psnr":
@@ -580,8 +606,7 @@ def batches(frames: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, Tenso
     first = next(frames)
     size, frames = max(1, BATCH_PIXELS * 3 // first["prediction"].size), chain([first], frames)
     while batch := list(islice(frames, size)):
-        clips = {side: torch.from_numpy(np.stack([frame[side] for frame in batch])) for side in first}
-        yield {side: rearrange(clip, "t h w c -> t c h w") for side, clip in clips.items()}
+        yield {side: to_clip([frame[side] for frame in batch]) for side in first}
 
 
 @torch.no_grad()
@@ -612,23 +637,26 @@ def score_clip(stream: Callable, judges: dict[str, Callable], device: str) -> tu
 # ---- Command line -----------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("pred", type=Path, metavar="PRED", help="video, image, folder of frames, or folder of those")
-    add("gt", type=Path, metavar="GT", nargs="?", help="ground truth, the same, paired by name")
-    add("--input", type=Path, help="the network's input, drawn by --profile")
-    add("--metrics", help=f"of {','.join(METRICS)}, or all; default psnr,ssim,ewarp or, without GT, ewarp")
-    add("--color", choices=("rgb", *LUMA), help="of PSNR (default rgb) and SSIM (default yiq)")
-    add("--crop", type=int, default=0, help="pixels cut off at each border for PSNR and SSIM")
-    add("--flow", choices=FLOWS, default="raft", help="optical flow of E*_warp")
-    add("--protocol", choices=("adcvsr",), help="the paper's: 25 frames, 512x512, EvalCrafter's E*_warp")
-    add("--dover", type=Path, default=Path("DOVER"), metavar="PATH", help="checkout of DOVER's repository")
-    add("--allow-mismatch", action="store_true", help="crop and drop what the other side lacks")
-    add("--profile", action="store_true", help="draw the middle row over time, NAME_profile.png beside PRED")
-    add("--json", type=Path, metavar="F", help="write settings, clips and means here")
-    add("--csv", type=Path, metavar="F", help="write clips and means here")
-    return parser.parse_args(argv)
+@dataclass(frozen=True)
+class Args:
+    pred: Annotated[
+        Positional[Path], arg(metavar="PRED")
+    ]  # a video, an image, or a folder of frames or clips
+    gt: Annotated[Positional[Path | None], arg(metavar="GT")] = None  # ground truth, the same, paired by name
+    input: Path | None = None  # the network's input, drawn by --profile
+    metrics: str | None = None  # some of Table 1, as psnr,dover, or all (psnr,ssim,ewarp; without GT ewarp)
+    color: Literal["rgb", "yiq", "ycbcr"] | None = None  # of PSNR (default rgb) and SSIM (default yiq)
+    crop: int = 0  # pixels cut off at each border for PSNR and SSIM
+    flow: Literal["raft", "dis"] = "raft"  # optical flow of E*_warp
+    protocol: Literal["adcvsr"] | None = None  # the paper's: 25 frames, 512x512, EvalCrafter's E*_warp
+    dover: Path = Path("DOVER")  # checkout of DOVER's repository
+    profile: bool = False  # draw the middle row over time, NAME_profile.png beside PRED
+    json: Path | None = None  # write settings, clips and means here
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    description = __doc__.splitlines()[0]
+    return tyro.cli(Args, args=argv, description=description, config=(FlagCreatePairsOff,))
 
 
 def chosen(asked: str | None, has_gt: bool) -> list[str]:
@@ -647,54 +675,44 @@ def table_line(row: dict, names: Iterable[str]) -> str:
     return f"{row['name'][-28:]:28} {row.get('frames', ''):6} {row.get('size', ''):>9}{values}"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file under its final name is complete: written beside, then renamed."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """`complete`, with what fails in one line."""
+    with explained(f"{path}: cannot be written", "Choose another place.", causes=OSError):
+        with complete(path) as part:
+            yield part
 
 
-def write_results(result: dict, args: argparse.Namespace) -> None:
-    """--json and --csv. JSON knows neither inf (PSNR of equal clips) nor nan (DOVER failed): as strings."""
+def write_json(result: dict, path: Path) -> None:
+    """JSON knows neither inf (PSNR of equal clips) nor nan (DOVER failed): they go as strings."""
 
     def strict(row: dict) -> dict:
         return {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
 
     result = result | {"clips": [strict(row) for row in result["clips"]], "mean": strict(result["mean"])}
-    if args.json:
-        write_whole(args.json, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-    if args.csv:
-        table, head = io.StringIO(), ["name", "frames", "size", *result["mean"]]
-        writer = csv.DictWriter(table, head)
-        ewarp = "ewarp ({convention}, {flow})".format(**result["settings"])
-        writer.writerow({name: ewarp if name == "ewarp" else name for name in head})
-        writer.writerows([*result["clips"], {"name": "mean"} | result["mean"]])
-        write_whole(args.csv, table.getvalue().encode())
+    with written(path) as part:
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager
-def naming(clip: str):
+def naming(clip: str) -> Iterator[None]:
     """Errors about one clip begin with its name."""
     try:
         yield
-    except (UserError, VideoError) as error:
+    except UserError as error:
         raise UserError(f"{clip}: {error}") from error
 
 
-def evaluate(args: argparse.Namespace) -> dict:
+def evaluate(args: Args) -> dict:
     """Check everything, then score and print clip by clip. Returns what --json holds."""
-    for path in (args.json, args.csv):
-        if path and not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}; create it first")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"{args.json}: there is no folder {args.json.parent}; create it first")
     names, paper = chosen(args.metrics, args.gt is not None), args.protocol == "adcvsr"
     paths = {"input": args.input, "prediction": args.pred, "ground truth": args.gt}
     pairs = pair_clips({side: path for side, path in paths.items() if path})
     for name, sides in pairs.items():
         with naming(name):
-            next(in_step(sides, args))  # what cannot be read or differs in size stops the run before the work
+            next(in_step(sides, args.protocol))  # what cannot be read or paired stops the run before the work
     device, judges, missing = "cuda" if torch.cuda.is_available() else "cpu", {}, []
     for name in names:
         try:
@@ -717,16 +735,19 @@ def evaluate(args: argparse.Namespace) -> dict:
     print(f"{'clip':28} {'frames':>6} {'size':>9}" + "".join(f"{name:>9}" for name in judges))
     rows = []
     for name, sides in pairs.items():
+        stream = partial(in_step, sides, args.protocol)
         with naming(name):
-            scores, profiles = score_clip(partial(in_step, sides, args), judges, device)
+            scores, profiles = score_clip(stream, judges, device)
         rows.append({"name": name} | scores)
         print(table_line(rows[-1], judges), flush=True)
         if args.profile:
-            import cv2
-
-            picture = cv2.cvtColor(profile_picture(profiles), cv2.COLOR_RGB2BGR)
-            file = sides["prediction"].with_name(f"{name}_profile.png")
-            write_whole(file, cv2.imencode(".png", picture)[1].tobytes())
+            with written(sides["prediction"].with_name(f"{name}_profile.png")) as part:
+                imageio.imwrite(part, profile_picture(profiles))
+        if paper and args.gt:
+            dx, dy, gain = best_shift(stream())
+            if gain > WORTH:
+                lies = f"the ground truth lies {dx} pixels right of the prediction and {dy} below it"
+                print(f"note: {name}: {lies}, which costs {gain:.1f} dB; it was scored as it is")
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in judges}
     print(table_line({"name": "mean"} | mean, judges))
     return {"settings": settings, "clips": rows, "mean": mean, "not_computed": missing}
@@ -734,7 +755,9 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse()
-    write_results(evaluate(args), args)
+    result = evaluate(args)
+    if args.json:
+        write_json(result, args.json)
 
 
 if __name__ == "__main__":

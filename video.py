@@ -2,8 +2,8 @@
 
     video | folder of frames | image  --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
     rgb (h w 3) uint8, time           --VideoWriter-->  H.264 video | folder of PNGs | PNG
-    finished segments                 --concatenate-->  one video with the source's sound, or one folder,
-                                                        without encoding again
+                                  --ResumableWriter-->  the same in segments, which survive an interruption,
+                                                        joined without encoding again, and the source's sound
 
 Frames pass one by one, so memory does not grow with the clip. The paper mentions none of it, a viewer sees
 all of it: presentation times, upright frames, the right colour matrix, the sound. Frames on disk and in data
@@ -13,15 +13,18 @@ sets are uint8 RGB, networks take [-1, 1]; `to_network` and `to_uint8` are the o
 from __future__ import annotations
 
 import heapq
+import json
 import math
 import os
 import re
 import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import chain, dropwhile, islice
 from pathlib import Path
 
@@ -35,21 +38,28 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from runtime import UserError
+from runtime import UserError, complete, explained, remove
 
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-VIDEO_FORMATS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}  # what H.264 is written to
+SEGMENT_SUFFIX = ".nut"  # FFmpeg's own container keeps any time exactly; MP4's start at zero, Matroska rounds
+VIDEO_FORMATS = {  # what H.264 is written to
+    ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", SEGMENT_SUFFIX: "nut",
+}  # fmt: skip
+SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
 FOLDER_RATE = Fraction(25)  # Choice: frames in a folder carry no rate, and a video of them needs one
 COMMON_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 60)] + [Fraction(n) for n in (24, 25, 30, 50, 60)]
 RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable one
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
 MAX_TIMESCALE = 10_000_000  # clock ticks a second; a sample's length in MP4 has 32 bits
+PNG_THREADS = 4  # Choice: what one thread compresses in 0.1 s or more, a GPU makes in 0.04 s at 1080p
 CRF = 16  # Choice: visually transparent, so that the encoder does not hide what the network adds
-# x264 at its default speed, with headers that do not depend on the content, so that segments fit together,
-# and without macroblock trees, which encode some frame sizes differently from run to run.
-X264 = {"preset": "medium", "x264-params": "stitchable=1:mbtree=0"}
+X264_PRESET = "medium"  # x264's own default
+X264_THREADS = 12  # Choice: enough for a GPU's 1080p; fixed, for x264 encodes differently with another number
+# Headers that do not depend on the content, so that segments fit together, and no macroblock trees, which
+# encode some frame sizes differently from run to run.
+X264 = {"x264-params": "stitchable=1:mbtree=0"}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
@@ -102,11 +112,9 @@ def _natural(path: Path) -> list[str | int]:
 
 @contextmanager
 def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    try:
+    with explained(f"{name}: corrupt image or none at all", "Replace it.", VideoError):
         with Image.open(path) as image:
             yield image
-    except Exception as error:  # Pillow's decoders raise whatever their parsers do
-        raise VideoError(f"{name}: corrupt image or none at all. Replace it.") from error
 
 
 def _image_size(path: Path, name: str) -> tuple[int, int]:
@@ -411,24 +419,61 @@ def read_clip(path: str | Path, start_frame: int = 0, frames: int | None = None)
 # --- writer ---------------------------------------------------------------------------------------------
 
 
+def _cannot_be_written(path: Path) -> AbstractContextManager:
+    """The disk's and FFmpeg's complaints in one line."""
+    causes = OSError, av.error.FFmpegError
+    return explained(
+        f"{path.name}: cannot be written", "Check the disk or choose another output.", VideoError, causes
+    )
+
+
+def _refuse(path: Path, width: int, height: int) -> None:
+    """VideoError where no clip of this size can become `path`.
+
+    A file replaces a file, numbered PNGs replace numbered PNGs; nothing else is ever overwritten.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (*VIDEO_FORMATS, ".png", ""):
+        way_out = "Use .mp4, .mkv, .mov, .png, or a folder for PNGs."
+        raise VideoError(f"{path.name}: cannot write {suffix}. {way_out}")
+    if suffix in VIDEO_FORMATS and (width % 2 or height % 2):
+        odd = f"{path.name}: {width}x{height} is odd, 4:2:0 video has even sides"
+        raise VideoError(f"{odd}. Give a folder: PNGs have any size.")
+    if not path.parent.is_dir():
+        raise VideoError(f"{path}: there is no folder {path.parent}. Create it first.")
+    folder = path.is_dir()
+    foreign = folder and any(not re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(path))
+    if path.exists() and (foreign or folder == bool(suffix)):
+        raise VideoError(f"{path.name}: something else has this name. Choose another output.")
+
+
 class _Images:
-    """Numbered PNGs in a folder, or one PNG."""
+    """Numbered PNGs in a folder, or one PNG, compressed by a few threads."""
 
     def __init__(self, path: Path):
-        self.path, self.written = path, 0
+        self.path, self.written, self.saving = path, 0, deque()
+        self.threads = ThreadPoolExecutor(PNG_THREADS)
+        if not path.suffix:
+            path.mkdir()
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
-        if self.written and not self.path.is_dir():
+        if self.written and self.path.suffix:
             raise VideoError("a .png holds one frame, not a clip. Give a folder or a video as the output.")
-        file = self.path / f"{self.written:06d}.png" if self.path.is_dir() else self.path
+        file = self.path if self.path.suffix else self.path / f"{self.written:06d}.png"
         # Level 1 of 9: the default takes several times longer to save a tenth of the room.
-        Image.fromarray(rgb).save(file, format="PNG", compress_level=1)
+        save = partial(Image.fromarray(rgb.copy()).save, file, format="PNG", compress_level=1)
+        self.saving.append(self.threads.submit(save))
         self.written += 1
+        self.wait_for(all_but=2 * PNG_THREADS)
 
-    def finish(self) -> None:
-        pass
+    def wait_for(self, all_but: int = 0) -> None:
+        while len(self.saving) > all_but:
+            self.saving.popleft().result()
 
-    close = finish
+    finish = wait_for
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
 
 
 def _clock(rate: Fraction, source: VideoReader | None) -> tuple[Fraction, int]:
@@ -444,13 +489,15 @@ def _clock(rate: Fraction, source: VideoReader | None) -> tuple[Fraction, int]:
 class _Video:
     """H.264 4:2:0 in BT.709, or in the source's own HDR colours; pictures alone."""
 
-    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source, crf: int):
-        self.rate, self.origin, self.last, self.written = rate, None, -1, 0
+    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source, crf: int, preset: str):
+        self.rate, self.last, self.written = rate, -1, 0
         self.tick, self.step = _clock(rate, source)
-        self.container = av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix])
-        self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": str(crf), **X264})
+        self.container = _new_container(path)
+        options = {"crf": str(crf), "preset": preset, **X264}
+        self.stream = self.container.add_stream("libx264", rate=rate, options=options)
         codec = self.stream.codec_context
         codec.width, codec.height, codec.pix_fmt = width, height, "yuv420p"
+        codec.thread_type, codec.thread_count = "FRAME", X264_THREADS
         codec.time_base = self.stream.time_base = self.tick
         self.colour = (source and source.hdr) or (BT709, BT709, BT709)
         codec.colorspace, codec.color_primaries, codec.color_trc = self.colour
@@ -460,171 +507,206 @@ class _Video:
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
         time = self.written / self.rate if time is None else Fraction(time)
-        self.origin = time if self.origin is None else self.origin
         yuv = {"format": "yuv420p", "dst_colorspace": self.colour[0], "dst_color_range": ColorRange.MPEG}
         frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
         frame = self.reformatter.reformat(
             frame, src_color_range=ColorRange.JPEG, interpolation=ACCURATE, **yuv
         )
         frame.time_base = self.tick
-        frame.pts = self.last = max(round((time - self.origin) / self.tick), self.last + 1)
+        frame.pts = self.last = max(round(time / self.tick), self.last + 1)
         frame.duration = self.step  # MP4's rate is a mean, the last frame included
         self.container.mux(self.stream.encode(frame))
         self.written += 1
 
     def finish(self) -> None:
         self.container.mux(self.stream.encode(None))
-        self.close()
 
     def close(self) -> None:
         self.container.close()
 
 
-class Output:
-    """A path whose content grows as `<stem>.partial<suffix>` beside it and gets its name when complete."""
-
-    def __init__(self, path: Path):
-        self.path, self.name, suffix = Path(path), Path(path).name, Path(path).suffix.lower()
-        self.is_video = suffix in VIDEO_FORMATS
-        self._refuse(suffix)
-        self.partial = self.path.with_name(f"{self.path.stem}.partial{suffix}")
-        with self.failures_in_one_line():
-            self.remove_partial()
-            self.partial.touch() if suffix else self.partial.mkdir()
-
-    def _refuse(self, suffix: str) -> None:
-        """A file replaces a file, numbered PNGs replace numbered PNGs; nothing else is ever overwritten."""
-        if suffix not in (*VIDEO_FORMATS, ".png", ""):
-            way_out = "Use .mp4, .mkv, .mov, .png, or a folder for PNGs."
-            raise VideoError(f"{self.name}: cannot write {suffix}. {way_out}")
-        if not self.path.parent.is_dir():
-            raise VideoError(f"{self.path}: there is no folder {self.path.parent}. Create it first.")
-        folder = self.path.is_dir()
-        foreign = folder and any(not re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(self.path))
-        if self.path.exists() and (foreign or folder == bool(suffix)):
-            raise VideoError(f"{self.name}: something else has this name. Choose another output.")
-
-    @contextmanager
-    def failures_in_one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, av.error.FFmpegError) as error:
-            reason = getattr(error, "strerror", None) or error
-            way_out = "Check the disk or choose another output."
-            raise VideoError(f"{self.name}: cannot be written ({reason}). {way_out}") from error
-
-    def remove_partial(self) -> None:
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial)
-        else:
-            self.partial.unlink(missing_ok=True)
-
-    def publish(self) -> None:
-        """Bring the complete content to disk, then rename it."""
-        for file in self.partial.iterdir() if self.partial.is_dir() else [self.partial]:
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        os.replace(self.partial, self.path)
+def _new_container(path: Path) -> OutputContainer:
+    # x264 decodes ahead of zero; moving its first packet there would move all times of a segment.
+    options = {"avoid_negative_ts": "disabled"} if path.suffix == SEGMENT_SUFFIX else {}
+    return av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix.lower()], options=options)
 
 
-class VideoWriter(Output):
-    """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv, a .png, or, without suffix, a folder of PNGs.
+class VideoWriter:
+    """Writes uint8 RGB frames to `path`: .mp4 .m4v .mov .mkv .nut, a .png, or, without suffix, a PNG folder.
 
     `path` appears on a clean exit, complete; an exception or a kill leaves nothing under that name. `source`
-    lends its clock, pixel shape and HDR colours; the time first written is the output's zero. Sound comes
-    with `concatenate`.
+    lends its clock, pixel shape and HDR colours. Sound comes with `ResumableWriter`.
     """
 
-    def __init__(self, path: Path, width: int, height: int, rate: Fraction, source=None, crf: int = CRF):
-        self._shape = (height, width, 3)
-        if Path(path).suffix.lower() in VIDEO_FORMATS and (width % 2 or height % 2):
-            odd = f"{Path(path).name}: {width}x{height} is odd, 4:2:0 video has even sides"
-            raise VideoError(f"{odd}. Give a folder: PNGs have any size.")
-        super().__init__(path)
-        with self.failures_in_one_line():
-            video = (width, height, Fraction(rate), source, crf)
-            self._sink = _Video(self.partial, *video) if self.is_video else _Images(self.partial)
+    def __init__(
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        rate: Fraction,
+        source: VideoReader | None = None,
+        crf: int = CRF,
+        preset: str = X264_PRESET,
+    ):
+        self.path, self._shape = Path(path), (height, width, 3)
+        self._settings = width, height, Fraction(rate), source, crf, preset
+        self._open = ExitStack()
+        _refuse(self.path, width, height)
 
     def __enter__(self) -> VideoWriter:
+        with _cannot_be_written(self.path), self._open as stack:  # undone where the next lines fail
+            unnamed = stack.enter_context(complete(self.path))
+            is_video = unnamed.suffix.lower() in VIDEO_FORMATS
+            self._sink = _Video(unnamed, *self._settings) if is_video else _Images(unnamed)
+            stack.callback(self._sink.close)
+            self._open = stack.pop_all()
         return self
 
     def write(self, rgb: np.ndarray, time: Fraction | None = None) -> None:
         """Append rgb (h w 3) uint8, shown from `time` seconds on (None: at the constant rate)."""
         if rgb.shape != self._shape or rgb.dtype != np.uint8:
             raise ValueError(f"a frame is {rgb.shape} {rgb.dtype}, expected {self._shape} uint8")
-        with self.failures_in_one_line():
+        with _cannot_be_written(self.path):
             self._sink.write(np.ascontiguousarray(rgb), time)
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        try:
-            if kind is None:
-                if not self._sink.written:
-                    raise VideoError(f"{self.name}: there is no frame to write")
-                with self.failures_in_one_line():
-                    self._sink.finish()
-                    self.publish()
-        finally:
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+        if kind is not None:
             with suppress(OSError, av.error.FFmpegError):  # the first error is the one to report
-                self._sink.close()
-            self.remove_partial()
+                self._open.__exit__(kind, *error)
+            return
+        with _cannot_be_written(self.path), self._open:
+            if not self._sink.written:
+                raise VideoError(f"{self.path.name}: there is no frame to write")
+            self._sink.finish()
 
 
 # --- segments -------------------------------------------------------------------------------------------
 
 
-def concatenate(
-    segments: list[Path], starts: list[Fraction], path: Path, source: VideoReader, to_end: bool = True
-) -> list[str]:
-    """Join finished segments as if one VideoWriter had written them to `path`, and add the source's sound.
+class ResumableWriter:
+    """A VideoWriter that an interruption costs at most SEGMENT frames, and that adds the source's sound.
 
-    segments  what VideoWriter(..., source) made with equal settings: .mp4 files, whose clock is exact
-              (Matroska's counts milliseconds), or folders of PNGs
-    starts    the time of each segment's first frame, in seconds; inside a segment times count from there
-    to_end    copy the source's audio and subtitles to their end, else to the end of the picture
+    Finished segments wait in `<path>.parts/`: NUT files, whose clock is exact and which hold each frame's own
+    time, or folders of PNGs. A clean exit joins them, without encoding again, as if one VideoWriter had
+    written them; the time first written is the output's zero.
 
-    Nothing is encoded again. Returns notes for the user. VideoError if a segment cannot be read or does not
-    match the first.
+    made_by  what the segments depend on, JSON: segments that depend on something else are refused
+    fresh    forget the segments that are there
+    to_end   copy the source's audio and subtitles to their end, else to the end of the picture
+    done     frames that are written already: the next one is `write`'s
+    notes    lines for the user, after the exit
     """
-    output = Output(path)
-    try:
-        with output.failures_in_one_line():
-            join = _join_videos if output.is_video else _join_folders
-            notes = join(segments, starts, output.partial, source, to_end)
-            output.publish()
-    finally:
-        output.remove_partial()
-    return notes
+
+    def __init__(
+        self,
+        path: Path,
+        width: int,
+        height: int,
+        source: VideoReader,
+        made_by: dict,
+        fresh: bool = False,
+        to_end: bool = True,
+        **encoding,
+    ):
+        _refuse(path, width, height)
+        self.path, self.parts = path, path.with_name(f"{path.name}.parts")
+        self.source, self.made_by, self.fresh, self.to_end = source, made_by, fresh, to_end
+        self.done, self.notes = 0, []
+        self._new_segment = lambda: VideoWriter(
+            self._segment_path(), width, height, source.rate, source, **encoding
+        )
+        self._segment: VideoWriter | None = None
+        while not fresh and self._segment_path().exists():
+            self.done += SEGMENT  # a segment has its name only once it is whole
+
+    def _segment_path(self) -> Path:
+        suffix = self.path.suffix.lower()
+        return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
+
+    def __enter__(self) -> ResumableWriter:
+        plan = self.parts / "plan.json"
+        with _cannot_be_written(self.parts):
+            if self.fresh:
+                remove(self.parts)
+            self.parts.mkdir(exist_ok=True)
+            if not plan.exists():
+                with complete(plan) as unnamed:
+                    unnamed.write_text(json.dumps(self.made_by))
+        made = json.loads(plan.read_text())
+        if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
+            way_out = "Use --fresh to start again, or another -o."
+            raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+        return self
+
+    def write(self, rgb: np.ndarray, time: Fraction) -> None:
+        """Append rgb (h w 3) uint8, shown from `time` seconds of the source on."""
+        if self._segment is None:
+            self._segment = self._new_segment().__enter__()
+        self._segment.write(rgb, time)
+        self.done += 1
+        if self.done % SEGMENT == 0:
+            self._finish_segment()
+
+    def _finish_segment(self, *error) -> None:
+        segment, self._segment = self._segment, None
+        if segment:
+            segment.__exit__(*(error or (None, None, None)))
+
+    def __exit__(self, *error) -> None:
+        try:
+            self._finish_segment(*error)
+            if error[0] is None:
+                if not self._segments():
+                    raise VideoError(f"{self.path.name}: there is no frame to write")
+                with _cannot_be_written(self.path), complete(self.path) as unnamed:
+                    self._join(self._segments(), unnamed)
+                remove(self.parts)
+        finally:
+            if not self._segments():
+                remove(self.parts)
+
+    def _segments(self) -> list[Path]:
+        found = self.parts.iterdir() if self.parts.is_dir() else ()
+        return sorted(path for path in found if re.fullmatch(r"\d{8,}", path.stem))
+
+    def _join(self, segments: list[Path], path: Path) -> None:
+        if path.suffix.lower() in VIDEO_FORMATS:
+            self.notes += _join_videos(segments, path, self.source, self.to_end)
+        elif path.suffix:  # one PNG
+            os.replace(segments[0], path)
+        else:
+            _join_folders(segments, path)
 
 
-def _join_folders(segments: list[Path], _starts, path: Path, _source, _to_end) -> list[str]:
+def _join_folders(segments: list[Path], path: Path) -> None:
+    path.mkdir()
     files = (file for folder in segments for file in sorted(folder.iterdir(), key=_natural))
     for n, file in enumerate(files):
         try:
             os.link(file, path / f"{n:06d}.png")
         except OSError:  # a disk without hard links
             shutil.copyfile(file, path / f"{n:06d}.png")
-    return []
 
 
-def _join_videos(segments: list[Path], starts: list[Fraction], path: Path, source, to_end: bool) -> list[str]:
-    """Packets as they are, on one clock, pictures and sound in the order of their decoding times."""
+def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: bool) -> list[str]:
+    """Packets as they are, pictures and sound in the order of their decoding times. Returns notes."""
     tick, step = _clock(source.rate, source)
     notes: list[str] = []
     with ExitStack() as stack:
         original = source.kind == "video" and stack.enter_context(_open_container(source.path, source.name))
-        container = stack.enter_context(av.open(f"file:{path}", "w", format=VIDEO_FORMATS[path.suffix]))
+        container = stack.enter_context(_new_container(path))
         with _open_container(segments[0], segments[0].name) as first:
             joined = container.add_stream_from_template(first.streams.video[0], opaque=True)
         joined.time_base, joined.codec_context.framerate = tick, source.rate
         streams = _sound_streams(original, container, notes) if original else {}
+        headers = joined.codec_context.extradata
+        origin = min(packet.pts for packet in _segment_packets(segments[0], tick, headers))
         end = None
         if not to_end:
-            last = _segment_packets(segments[-1], starts[-1], tick, None)
-            end = (max(packet.pts for packet in last) + step) * tick
-        pictures = _pictures(segments, starts, joined, tick, step)
-        sounds = _sounds(original, streams, source.start_time, starts[0], end, notes) if streams else ()
+            last = max(packet.pts for packet in _segment_packets(segments[-1], tick, headers))
+            end = (last + step) * tick
+        pictures = _pictures(segments, origin, joined, tick, step)
+        sounds = _sounds(original, streams, source.start_time, origin * tick, end, notes) if streams else ()
         for packet in heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base):
             try:
                 container.mux_one(packet)
@@ -635,27 +717,29 @@ def _join_videos(segments: list[Path], starts: list[Fraction], path: Path, sourc
     return list(dict.fromkeys(notes))
 
 
-def _pictures(segments, starts, stream: VideoStream, tick: Fraction, step: int) -> Iterator[av.Packet]:
-    """The packets of all segments. Decoding times are presentation times, some places earlier."""
+def _pictures(
+    segments: list[Path], origin: int, stream: VideoStream, tick: Fraction, step: int
+) -> Iterator[av.Packet]:
+    """The packets of all segments, from zero on. Decoding times are those of presentation, places earlier."""
     decoding_times = deque(-step * n for n in range(X264_REORDERED, 0, -1))
-    for segment, start in zip(segments, starts, strict=True):
-        packets = _segment_packets(segment, start - starts[0], tick, stream.codec_context.extradata)
-        decoding_times.extend(sorted(packet.pts for packet in packets))
+    for segment in segments:
+        packets = _segment_packets(segment, tick, stream.codec_context.extradata)
+        decoding_times.extend(sorted(packet.pts - origin for packet in packets))
         for packet in packets:
-            packet.dts, packet.duration, packet.stream = decoding_times.popleft(), step, stream
+            packet.pts, packet.dts = packet.pts - origin, decoding_times.popleft()
+            packet.duration, packet.stream = step, stream
             yield packet
 
 
-def _segment_packets(path: Path, start: Fraction, tick: Fraction, headers: bytes | None) -> list[av.Packet]:
-    """A segment's packets, compressed as they are, shown from `start` seconds on."""
+def _segment_packets(path: Path, tick: Fraction, headers: bytes) -> list[av.Packet]:
+    """A segment's packets, compressed as they are, their times in ticks of the source's clock."""
     with _open_container(path, path.name) as container:
         stream = container.streams.video[0]
-        if headers not in (None, stream.codec_context.extradata):
+        if stream.codec_context.extradata != headers:
             raise VideoError(f"{path.name}: made with other settings. Remove the segments and start again.")
         packets = [packet for packet in container.demux(stream) if packet.pts is not None]
         for packet in packets:
-            packet.pts = round((start + packet.pts * stream.time_base) / tick)
-            packet.time_base = tick
+            packet.pts, packet.time_base = round(packet.pts * stream.time_base / tick), tick
     return packets
 
 

@@ -1,32 +1,82 @@
-"""bench.py: what it counts as detail."""
+"""bench.py: every table is printed in small on a CPU, and says what is true."""
 
-import cv2
-import numpy as np
+import re
+from pathlib import Path
+
+import pytest
 import torch
 
-from bench import high_frequencies
+import bench
+from bench import Args
+from infer import SHIPPED
+from runtime import UserError
 
 
-def waves(cycles: float, size: int = 64) -> torch.Tensor:
-    """A clip of two frames (2 3 h w) whose rows swing by so many cycles a pixel."""
-    row = 128 + 100 * torch.sin(2 * torch.pi * cycles * torch.arange(size))
-    return row.round().to(torch.uint8).expand(2, 3, size, size)
+@pytest.mark.slow
+def test_quality_ranks_the_truth_first_and_a_student_above_bicubic(tmp_path):
+    means = bench.quality(Args("quality", clips=1, picture=str(tmp_path / "picture.png")))
+    bicubic, student, truth = (means["procedural", side] for side in ("bicubic", str(SHIPPED), "HR"))
+    assert bicubic[0] < student[0] < truth[0] == float("inf")  # PSNR
+    assert bicubic[2] < student[2] < truth[2] == pytest.approx(1)  # detail
+    assert student[3] < bicubic[3]  # E*_warp under the exact flow
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-def energy(clip: torch.Tensor) -> float:
-    return float(high_frequencies(clip).abs().pow(2).sum())
+@pytest.mark.slow
+def test_heads_trains_each_split_and_scores_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SPLITS", bench.SPLITS[1:3])
+    monkeypatch.chdir(tmp_path)
+    small = "--steps 1 --teacher-cache '' --procedural 1 --frames 3 --size 64 --batch 1 --workers 0"
+    means = bench.heads(Args("heads", clips=1, flags=small))
+    names = [str(Path("runs/heads") / "{}_{}".format(*split) / "step_000001") for split in bench.SPLITS]
+    assert [side for _, side in means] == ["bicubic", str(SHIPPED), *names, "HR"]
 
 
-def test_detail_is_what_swings_faster_than_lr_can_show():
-    """LR's finest pattern has half a cycle a pixel, an eighth of a cycle in HR."""
-    assert energy(waves(0.25)) > 1e4 * energy(waves(0.0625))
-    assert energy(torch.full((2, 3, 64, 64), 200, dtype=torch.uint8)) < 1e-9
+def test_table_1_counts_the_papers_parameters_and_times_every_method(capsys):
+    spent, out = bench.table1(Args("table1")), capsys.readouterr().out
+    assert list(spent) == list(bench.PAPER) and min(spent.values()) > 0
+    for ours, papers in re.findall(r"([\d.]+) B.* ([\d.]+) B", out):
+        assert ours == papers
+    assert len(re.findall(r"[\d.]+ B", out)) == 2 * len(bench.PAPER)
 
 
-def test_blur_takes_detail_away_and_brightness_leaves_it():
-    noise = np.random.default_rng(0).integers(64, 128, (64, 64, 3), dtype=np.uint8)
-    blurred, brighter = cv2.GaussianBlur(noise, (0, 0), 2), noise + 50
-    sharp, soft, bright = (
-        energy(torch.from_numpy(frame).permute(2, 0, 1)[None]) for frame in (noise, blurred, brighter)
-    )
-    assert soft < 0.01 * sharp and abs(bright / sharp - 1) < 1e-6
+@pytest.mark.parametrize("stage", ["train1", "train2"])
+def test_a_training_step_is_timed_and_its_operations_counted(stage, capsys):
+    bench.WORK[stage](Args(stage))
+    done = re.search(r"([\d.e-]+) s a step, ([\d.e-]+) TFLOP: ([\d.e-]+) TFLOP/s", capsys.readouterr().out)
+    spent, work, rate = map(float, done.groups())
+    assert rate == pytest.approx(work / spent, rel=0.02) and work > 1e-3
+
+
+def test_operations_are_two_for_a_multiply_add():
+    x = torch.rand(8, 16)
+    assert bench.teraflop(lambda: x @ x.T) * 1e12 == 2 * 8 * 16 * 8
+
+
+def test_a_process_is_timed_with_a_memory_of_its_own():
+    ballast = torch.ones(2**26)  # 268 MB here, which must not show there
+    spent, before, after = bench.as_process("held_here = bytearray(b'1') * 50_000_000; time.sleep(0.2)")
+    assert spent > 0.2 and after - before == pytest.approx(50, abs=5) and after < 4 * ballast.numel() / 1e6
+    with pytest.raises(UserError, match="(?s)this failed: 1 / 0 .*ZeroDivisionError"):
+        bench.as_process("1 / 0")
+
+
+@pytest.mark.slow
+def test_infer_prints_its_rows(capsys):
+    bench.infer(Args("infer"))
+    out = capsys.readouterr().out
+    assert "320x240 -> x4" in out and "infer.py, 160 frames" in out
+
+
+@pytest.mark.slow
+def test_data_prints_its_rows_of_files_too(capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for k in range(8):
+        bench.write_sample(tmp_path / f"{k}.mp4", 8)
+        frame = bench.procedural_clip(bench.generator(k), 1, (96, 96)).frames[0]
+        bench.imageio.imwrite(tmp_path / f"photos/{k}.png", frame)
+    args = Args("data", videos=str(tmp_path), images=str(tmp_path / "photos"), clips=1)
+    bench.data(args, frames=5, size=48)
+    rows = "degradation", "video, cropped", "photo, cropped", "sample of stage 2", "a million names, others"
+    out = capsys.readouterr().out
+    assert all(row in out for row in rows)

@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ from PIL import Image
 from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, times_of, with_sound
 
 import infer
-from bench import bench_memory
 from model import PRESETS, AdcVSR
-from video import VideoReader, VideoWriter, read_clip
+from stream import queue_bytes
+from video import SEGMENT, VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
 NARROW = {"unet_channels": [16] * 4, "heads": [1] * 4, "decoder_channels": [8] * 4}
@@ -96,8 +98,8 @@ def test_a_clip_comes_out_four_times_as_large_frame_for_frame_and_looks_like_its
     with VideoReader(tmp_path / "clip_x4.mp4") as result:
         assert (result.width, result.height, result.rate) == (160, 96, NTSC)
     assert times_of(tmp_path / "clip_x4.mp4") == times_of(clip)
-    frames = infer.as_network(list(read_clip(tmp_path / "clip_x4.mp4")))
-    small = infer.as_frames(F.interpolate(frames, scale_factor=0.25, mode="area"))
+    frames = to_network(to_clip(read_clip(tmp_path / "clip_x4.mp4")))
+    small = to_frames(F.interpolate(frames, scale_factor=0.25, mode="area"))
     assert np.abs(small.astype(float) - read_clip(clip)).mean() < 8
 
 
@@ -199,11 +201,11 @@ def test_several_clips_go_to_a_folder_and_one_bad_clip_does_not_stop_the_others(
 def test_a_folder_of_clips_beside_its_results_gives_the_same_results_again(tmp_path, run_here):
     make_clip(tmp_path / "a.mp4", frames=2)
     make_clip(tmp_path / "b.mp4", frames=2)
-    (tmp_path / "b_x4.partial.mp4").touch()  # what a kill leaves
+    (tmp_path / ".partial-0123abcd.mp4").touch()  # what a kill leaves
     for _ in range(2):
         run_here(tmp_path, "--compare")
         results = [f"{name}_x4{more}.mp4" for name in "ab" for more in ("", "_compare")]
-        assert names(tmp_path) == sorted(["a.mp4", "b.mp4", *results])
+        assert names(tmp_path) == sorted([".partial-0123abcd.mp4", "a.mp4", "b.mp4", *results])
 
 
 def test_two_inputs_never_share_a_result(tmp_path, run_here, capfd):
@@ -225,15 +227,12 @@ def test_start_and_duration_choose_frames_and_times_start_at_zero(tmp_path, run_
     assert times_of(tmp_path / "clip_x4.mp4") == [Fraction(i, 10) for i in range(7)]
 
 
-def test_compare_and_profile_show_bicubic_beside_the_result(tmp_path, run_here):
+def test_compare_shows_bicubic_beside_the_result(tmp_path, run_here):
     clip = make_clip(tmp_path / "clip.mp4", frames=5)
-    run_here(clip, "--compare", "--profile")
+    run_here(clip, "--compare")
     ours, both = read_clip(tmp_path / "clip_x4.mp4"), read_clip(tmp_path / "clip_x4_compare.mp4")
     assert both.shape == (5, 96, 320, 3)
     assert np.abs(both[:, :, 160:].astype(int) - ours).mean() < 2  # the same frames, encoded apart
-    picture = read_clip(tmp_path / "clip_x4_profile.png")[0]
-    assert picture.shape == (10, 160, 3)
-    assert np.array_equal(picture[5:], ours[:, 48])  # one row of pixels, frame under frame
 
 
 def test_the_protocol_takes_25_frames_and_the_centre(tmp_path):
@@ -256,13 +255,13 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     """Frames, segments, what is done already, memory, disk; the numbers are those of the network."""
     clip = make_clip(tmp_path / "clip.mp4", frames=230)
     (tmp_path / "clip_x4.mp4.parts").mkdir()
-    (tmp_path / "clip_x4.mp4.parts" / "000000.mp4").touch()
+    (tmp_path / "clip_x4.mp4.parts" / "00000000.nut").touch()
     before = names(tmp_path)
     run_here(clip, "--dry-run", "--weights", infer.SHIPPED, "--dtype", "float32", "--chunk", 5)
     out = capfd.readouterr().out
     assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
     assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
-    queues = AdcVSR(**PRESETS["tiny"]).queue_bytes(24, 40) / 2**30
+    queues = queue_bytes(AdcVSR(**PRESETS["tiny"]), 24, 40) / 2**30
     assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues" in out
     assert "about twice that during a step; disk: 0.00 GB" in out
     assert names(tmp_path) == before
@@ -280,12 +279,12 @@ def test_a_killed_run_resumes_to_the_same_frames(tmp_path):
         command(clip, "-o", resumed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     parts = tmp_path / "resumed.mp4.parts"
-    while not (parts / "000000.mp4").exists() and victim.poll() is None:
+    while not (parts / "00000000.nut").exists() and victim.poll() is None:
         time.sleep(0.02)
     assert victim.poll() is None, "it finished before it could be killed"
     os.kill(victim.pid, signal.SIGKILL)
     victim.wait()
-    assert not resumed.exists() and (parts / "000000.mp4").exists()
+    assert not resumed.exists() and (parts / "00000000.nut").exists()
     again = subprocess.run(command(clip, "-o", resumed), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert re.search(r"3 segments of 96 frames, [12] done", again.stdout)
@@ -300,8 +299,12 @@ def test_segments_of_another_command_are_refused_and_fresh_is_the_way_out(
 ):
     clip = make_clip(tmp_path / "clip.mp4", frames=3)
     args = infer.parse([str(clip), "--weights", str(weights if changed != "weights" else tmp_path)])
-    with VideoReader(clip) as reader:
-        infer.Job(reader, None, args).open_parts()
+    with pytest.raises(KeyboardInterrupt), VideoReader(clip) as reader:
+        (writer,) = infer.writers_for(tmp_path / "clip_x4.mp4", reader, args)
+        with writer:
+            for _ in range(SEGMENT):
+                writer.write(np.zeros((96, 160, 3), np.uint8), writer.done / reader.rate)
+            raise KeyboardInterrupt
     flags = ["--color", "adain"] if changed == "color" else []
     if changed == "input":
         os.utime(clip, ns=(0, 0))
@@ -374,7 +377,7 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(AdcVSR, "encode", full_gpu)
-    monkeypatch.setattr(AdcVSR, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
+    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     line = refusal(clip, "--fresh", planned=True)
     assert "out of GPU memory with a single frame. Free the GPU, or use --dtype" in line
     assert not (tmp_path / "clip_x4.mp4").exists()
@@ -383,11 +386,24 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clip():
     """The peak of a process that reads, upscales, writes and joins five times as many frames."""
+    from bench import bench_memory
+
     short, long = bench_memory((120, 600), 48, 32)
     assert long < 1.05 * short
 
 
 # --- colour, windows, memory ---------------------------------------------------------------------------
+
+
+def test_the_paper_has_no_colour_step(tmp_path, run_here):
+    """A student of the full topology gives its own colours, unless others are asked for."""
+    torch.manual_seed(0)
+    AdcVSR(**PRESETS["full"] | NARROW).save_pretrained(tmp_path / "full")
+    clip = make_clip(tmp_path / "clip.mp4", frames=3)
+    for name, flags in {"default": (), "none": ("--color", "none"), "adain": ("--color", "adain")}.items():
+        run_here(clip, "-o", tmp_path / name, "--weights", tmp_path / "full", *flags)
+    default, none, adain = (read_clip(tmp_path / name) for name in ("default", "none", "adain"))
+    assert np.array_equal(default, none) and not np.array_equal(default, adain)
 
 
 def test_adain_gives_the_inputs_statistics():
@@ -421,18 +437,66 @@ def test_in_windows_every_frame_comes_once_with_context_on_both_sides():
             assert after >= infer.CONTEXT or after == frames - 1 - i
 
 
-def test_out_of_memory_halves_the_chunk_and_drops_no_frame(monkeypatch, weights):
-    net = AdcVSR.from_pretrained(weights).eval()
-    lr = torch.rand(1, 13, 3, 16, 16) * 2 - 1
-    encode = AdcVSR.encode
+# --- threads -------------------------------------------------------------------------------------------
 
-    def small_gpu(self, chunk, memory):
+
+def test_out_of_memory_halves_the_chunk_and_drops_no_frame(tmp_path, run_here, monkeypatch):
+    clip, encode = make_clip(tmp_path / "clip.mp4", frames=13), AdcVSR.encode
+
+    def small_gpu(self, chunk):
         if chunk.shape[1] > 2:
             raise torch.OutOfMemoryError
-        return encode(self, chunk, memory)
+        return encode(self, chunk)
 
-    expected = torch.cat(list(net.stream(lr.split(5, dim=1))), dim=1)
+    run_here(clip, "-o", tmp_path / "expected", "--dtype", "float32", "--chunk", 5)
+    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     monkeypatch.setattr(AdcVSR, "encode", small_gpu)
-    result = torch.cat(list(net.stream(lr.split(5, dim=1))), dim=1)
-    assert result.shape[1] == 13
-    torch.testing.assert_close(result, expected, atol=1e-4, rtol=0)
+    run_here(clip, "-o", tmp_path / "halved", "--dtype", "float32", "--chunk", 5)
+    difference = read_clip(tmp_path / "halved").astype(int) - read_clip(tmp_path / "expected")
+    assert len(difference) == 13 and np.abs(difference).max() <= 1
+
+
+def test_a_frame_that_cannot_be_read_on_the_way_is_one_line_and_no_result(tmp_path, refusal, run_here):
+    with VideoWriter(tmp_path / "frames", 24, 16, Fraction(25)) as out:
+        for frame in np.random.default_rng(0).integers(0, 256, (24, 16, 24, 3), np.uint8):
+            out.write(frame)
+    bad = tmp_path / "frames" / "000020.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200])  # the header says its size
+    before = threading.active_count()
+    assert "frames/000020.png: corrupt image" in refusal(tmp_path / "frames", planned=True)
+    assert names(tmp_path) == ["frames"]
+    assert threading.active_count() == before
+    bad.write_bytes(whole)
+    run_here(tmp_path / "frames")
+    assert len(read_clip(tmp_path / "frames_x4")) == 24
+
+
+def test_ctrl_c_ends_all_threads_and_keeps_the_finished_segments(tmp_path):
+    clip = make_clip(tmp_path / "clip.mp4", frames=400, width=16, height=16)
+    parts = tmp_path / "clip_x4.mp4.parts"
+    process = subprocess.Popen(command(clip), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (parts / "00000000.nut").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in err and "Traceback" not in err
+    kept = names(parts)
+    assert kept == [*(f"{n:08d}.nut" for n in range(0, 96 * (len(kept) - 1), 96)), "plan.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files to stand for a full disk")
+@pytest.mark.parametrize("name", ["out.mp4", "out"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_but_the_clip(tmp_path, name):
+    import resource
+
+    clip = make_clip(tmp_path / "clip.mkv", frames=30)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
+    done = subprocess.run(
+        command(clip, "-o", tmp_path / name), preexec_fn=limit, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1 and "cannot be written (File too large)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert names(tmp_path) == ["clip.mkv"]

@@ -1,6 +1,5 @@
 """Metrics against closed forms and the packages' numbers; the command line as a user meets it."""
 
-import csv
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,7 +21,12 @@ from metrics import (
     DISTS,
     PYIQA_EPS,
     RaftFlow,
+    best_shift,
+    detail,
     dis_flow,
+    dists_loss,
+    find_clips,
+    high_frequencies,
     in_frame,
     load_dover,
     pair_clips,
@@ -34,7 +39,9 @@ from metrics import (
     warp,
     warping_errors,
 )
+from model import bicubic
 from runtime import UserError
+from video import to_clip, to_frames, to_network, to_uint8
 
 ROOT = Path(metrics.__file__).parent
 
@@ -136,7 +143,7 @@ def test_dists_equals_torchmetrics_with_the_same_weights(monkeypatch):
     monkeypatch.setattr(reference, "vgg16", lambda weights: vgg)
     theirs, ours = reference.DISTSNetwork(), DISTS()
     ours.load_vgg(vgg.state_dict(), theirs.alpha, theirs.beta)
-    for h, w in ((64, 64), (47, 53)):
+    for h, w in ((32, 48), (37, 29)):
         gt = torch.stack([texture(h, w), texture(h, w, 1)]).float()
         pred = (gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
         assert torch.allclose(ours(pred, gt), theirs(pred, gt), atol=1e-6)
@@ -156,6 +163,42 @@ def test_seeded_dists_is_reproducible_frozen_and_grows_with_noise():
     assert scores[0] == pytest.approx(0, abs=1e-6) and scores == sorted(scores)
     assert DISTS(stages)((gt + noise).clamp(0, 1), gt) == dists((gt + noise).clamp(0, 1), gt)
     assert not any(p.requires_grad for p in dists.parameters())
+
+
+def test_the_loss_is_the_mean_distance_and_its_gradient_that_means():
+    rng = torch.Generator().manual_seed(0)
+    x, y = (torch.rand(2, 5, 3, 32, 32, generator=rng) * 2.4 - 1.2 for _ in range(2))  # 10 frames, not 4 or 8
+    leaves, losses = [x.clone().requires_grad_() for _ in range(2)], []
+    dists = DISTS.seeded()
+    losses.append(dists_loss(dists, leaves[0], y))
+    losses.append(dists(*((v.flatten(0, 1) / 2 + 0.5).clamp(0, 1) for v in (leaves[1], y))).mean())
+    for loss in losses:
+        (3 * loss).backward()
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
+    assert (leaves[0].grad[x.abs() > 1] == 0).all() and leaves[0].grad.abs().max() > 0
+
+
+# ---- detail
+
+
+def waves(cycles: float, size: int = 64) -> torch.Tensor:
+    """A clip of two frames (2 3 h w) whose rows swing by so many cycles a pixel."""
+    row = 128 + 100 * torch.sin(2 * torch.pi * cycles * torch.arange(size))
+    return row.round().to(torch.uint8).expand(2, 3, size, size)
+
+
+def test_detail_is_what_swings_faster_than_lr_can_show():
+    """LR's finest pattern has half a cycle a pixel, an eighth of a cycle in HR."""
+    assert detail(waves(0.25), waves(0.0625)) > 1e4
+    assert high_frequencies(torch.full((2, 3, 64, 64), 200, dtype=torch.uint8)).abs().max() < 1e-9
+
+
+def test_blur_takes_detail_away_and_brightness_leaves_it():
+    noise = np.random.default_rng(0).integers(64, 128, (64, 64, 3), dtype=np.uint8)
+    blurred, brighter = cv2.GaussianBlur(noise, (0, 0), 2), noise + 50
+    sharp, soft, bright = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (noise, blurred, brighter))
+    assert detail(soft, sharp) < 0.01 and detail(bright, sharp) == pytest.approx(1, abs=1e-6)
 
 
 # ---- E*_warp
@@ -332,14 +375,14 @@ def test_scores_do_not_depend_on_the_batches_and_hold_one_batch_at_a_time(monkey
 
 
 def test_the_protocol_cuts_the_truth_at_four_times_the_inputs_offsets():
-    args = metrics.parse(["pred", "--protocol", "adcvsr"])
-    cut = same_scene({"input": (180, 318), "prediction": (512, 512), "ground truth": (720, 1272)}, args)
+    sizes = {"input": (180, 318), "prediction": (512, 512), "ground truth": (720, 1272)}
+    cut = same_scene(sizes, "adcvsr")
     assert (cut["input"][0].start, cut["input"][1].start) == (26, 95)
     assert (cut["ground truth"][0].start, cut["ground truth"][1].start) == (4 * 26, 4 * 95)
-    odd = same_scene({"input": (135, 241), "prediction": (512, 512), "ground truth": (540, 964)}, args)
+    odd = same_scene({"input": (135, 241), "prediction": (512, 512), "ground truth": (540, 964)}, "adcvsr")
     assert [s.start for s in odd["ground truth"]] == [4 * s.start for s in odd["input"]] == [12, 224]
     # stored at HR size: infer.py --downscale 4 cuts the centre of the input, to the pixel
-    real = same_scene({"input": (514, 1026), "prediction": (512, 512), "ground truth": (514, 1026)}, args)
+    real = same_scene({"input": (514, 1026), "prediction": (512, 512), "ground truth": (514, 1026)}, "adcvsr")
     assert real["input"] == real["ground truth"] == (slice(1, 513), slice(257, 769))
 
 
@@ -379,6 +422,49 @@ def test_clips_pair_by_name_across_containers_and_in_doves_layout(tmp_path):
     }
 
 
+def test_what_infer_puts_beside_its_results_is_no_prediction(tmp_path):
+    clip = translation(2)[0]
+    for name in ("a_x4", "a_x4_compare"):
+        write_video(tmp_path / f"videos/{name}.mp4", clip)
+        write_frames(tmp_path / f"frames/{name}", clip)
+    write_frames(tmp_path / "videos/b_x4.mp4.parts", clip)
+    assert find_clips(tmp_path / "videos", ()) == {"a": tmp_path / "videos/a_x4.mp4"}
+    assert find_clips(tmp_path / "frames", ()) == {"a": tmp_path / "frames/a_x4"}
+    named = tmp_path / "videos/a_x4_compare.mp4"  # by the user: his business
+    assert list(find_clips(named, ()).values()) == [named]
+
+
+# ---- validation
+
+
+class Bicubic(torch.nn.Linear):
+    """A student that only enlarges."""
+
+    def forward(self, lr):
+        return torch.stack([bicubic(clip) for clip in lr])
+
+
+@pytest.mark.parametrize("teacher", [None, lambda lr: torch.zeros(1, 4, 3, 64, 96)])
+def test_validation_returns_the_metrics_of_the_student_and_draws_what_it_made(teacher, tmp_path):
+    hr, lr = (to_frames(2 * clip - 1) for clip in (translation(4)[0], F.avg_pool2d(translation(4)[0], 4)))
+    scores = metrics.validate(Bicubic(1, 1), teacher, [("a", hr, lr)] * 2, tmp_path / "pictures", 7)
+    smooth = to_uint8(bicubic(to_network(to_clip(lr))))
+    expected = {"psnr": psnr(smooth, to_clip(hr)), "ssim": ssim(smooth, to_clip(hr))}
+    expected |= {"psnr_bicubic": expected["psnr"], "detail": detail(smooth, to_clip(hr))}
+    expected |= {"ewarp": warping_errors(smooth, dis_flow)}
+    assert scores == {name: pytest.approx(values.mean().item()) for name, values in expected.items()}
+    picture = np.asarray(Image.open(tmp_path / "pictures/a_000007.png"))
+    assert picture.shape == (64 + 3 * 4, (3 + (teacher is not None)) * 96, 3)
+    assert np.array_equal(picture[:64, :96], to_frames(smooth)[2])
+    assert np.array_equal(picture[:64, -96:], hr[2])
+
+
+def test_a_single_frame_has_no_warping_error_and_validates(tmp_path):
+    hr, lr = np.zeros((1, 64, 64, 3), np.uint8), np.zeros((1, 16, 16, 3), np.uint8)
+    scores = metrics.validate(Bicubic(1, 1), None, [("a", hr, lr)], tmp_path, 1)
+    assert "ewarp" not in scores and scores["ssim"] == pytest.approx(1)
+
+
 # ---- the command line
 
 
@@ -391,20 +477,20 @@ def run(*args, home: Path, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, **kwargs)
 
 
-def test_the_numbers_survive_the_round_trip_through_process_json_and_csv(tmp_path):
+def test_the_numbers_survive_the_round_trip_through_process_and_json(tmp_path):
     gt = translation(3)[0]
     write_frames(tmp_path / "pred/a", gt)
     write_frames(tmp_path / "gt/a", gt)
     write_video(tmp_path / "pred/b.mkv", (gt + 0.02).clamp(0, 1))
     write_frames(tmp_path / "gt/b", gt)
-    files = tmp_path / "out.json", tmp_path / "out.csv"
+    file = tmp_path / "out.json"
     done = run(
         *(tmp_path / "pred", tmp_path / "gt", "--flow", "dis", "--profile"),
-        *("--metrics", "ewarp,ssim,psnr,dover", "--json", files[0], "--csv", files[1]),
+        *("--metrics", "ewarp,ssim,psnr,dover", "--json", file),
         home=tmp_path / "home",
     )
     assert done.returncode == 0, done.stderr
-    result = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    result = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result["settings"]["convention"] == "corrected" and "DIS" in result["settings"]["flow"]
     assert (
         "convention corrected, flow OpenCV DIS" in done.stdout
@@ -419,10 +505,6 @@ def test_the_numbers_survive_the_round_trip_through_process_json_and_csv(tmp_pat
     assert {k: b[k] for k in expected} == {k: pytest.approx(v, rel=1e-4) for k, v in expected.items()}
     assert result["mean"]["ssim"] == pytest.approx((1 + b["ssim"]) / 2)
 
-    rows = list(csv.DictReader(files[1].open()))
-    assert [row["name"] for row in rows] == ["a", "b", "mean"]
-    assert float(rows[1]["psnr"]) == b["psnr"] and rows[0]["psnr"] == "inf"
-    assert next(k for k in rows[0] if k.startswith("ewarp")) == "ewarp (corrected, OpenCV DIS, medium)"
     order = re.search(r"^clip +frames +size +(.*)$", done.stdout, re.MULTILINE).group(1).split()
     assert order == ["psnr", "ssim", "ewarp"]
 
@@ -488,10 +570,10 @@ def shelf(tmp_path_factory):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("narrow good", "narrow: prediction 90x64, ground truth 96x64: sizes differ.*--allow-mismatch"),
-        ("good narrow", "good: prediction 96x64, ground truth 90x64: sizes differ.*--allow-mismatch"),
-        ("short good", "short: prediction 2 frames, ground truth 3 frames: lengths differ.*--allow-mismatch"),
-        ("good short", "good: prediction 3 frames, ground truth 2 frames: lengths differ.*--allow-mismatch"),
+        ("narrow good", "narrow: prediction 90x64, ground truth 96x64: sizes differ; fix the output"),
+        ("good narrow", "good: prediction 96x64, ground truth 90x64: sizes differ; fix the output"),
+        ("short good", "short: prediction 2 frames, ground truth 3 frames: lengths differ; fix the output"),
+        ("good short", "good: prediction 3 frames, ground truth 2 frames: lengths differ; fix the output"),
         ("preds gts", "predictions without ground truth in .*gts: b$"),
         ("empty good", "no frames in this folder"),
         ("good empty", "no frames in this folder"),
@@ -520,14 +602,6 @@ def test_a_refusal_is_one_line_and_exit_status_2(shelf, tmp_path):
     assert re.fullmatch("error: short: prediction 2 frames, .*lengths differ.*\n", done.stderr)
 
 
-def test_allow_mismatch_compares_what_both_sides_have(shelf, capsys):
-    for pred, gt in (("narrow", "good"), ("good", "narrow"), ("short", "good"), ("good", "short")):
-        args = metrics.parse([str(shelf / pred), str(shelf / gt), "--flow", "dis", "--allow-mismatch"])
-        row = metrics.evaluate(args)["clips"][0]
-        assert row["psnr"] == math.inf
-        assert (row["frames"], row["size"]) == ((2, "96x64") if "short" in (pred, gt) else (3, "90x64"))
-
-
 def test_the_papers_protocol_takes_25_frames_of_the_centre_and_names_its_convention(tmp_path, capsys):
     gt = F.avg_pool2d(
         translation(27, 174, 238, dx=2, dy=1)[0], 15, stride=1
@@ -544,6 +618,39 @@ def test_the_papers_protocol_takes_25_frames_of_the_centre_and_names_its_convent
     lq, pred, truth = (picture[k * 118 + 18 : (k + 1) * 118] for k in range(3))  # 25 rows of 4, under a label
     assert np.array_equal(pred, truth)
     assert np.abs(lq - pred).mean() < 0.3 * np.abs(lq[:, ::-1] - pred).mean()  # the same part of the scene
+
+
+@pytest.mark.parametrize(("dx", "dy"), [(2, -1), (0, 4)])
+def test_a_shifted_truth_is_found_to_the_pixel_and_blur_is_no_shift(dx, dy):
+    world = translation(3, 72, 104)[0].float()
+    noisy = world + 0.05 * torch.randn(world.shape, generator=torch.Generator().manual_seed(0))
+    pred, moved = (
+        to_frames(2 * noisy[..., y : y + 64, x : x + 96] - 1) for y, x in ((4, 4), (4 - dy, 4 - dx))
+    )
+    blurred = [cv2.GaussianBlur(frame, (0, 0), 2) for frame in pred]
+    for truth in pred, blurred:
+        assert best_shift({"prediction": a, "ground truth": b} for a, b in zip(pred, truth))[:2] == (0, 0)
+    for one, other, sign in (pred, moved, 1), (moved, blurred, -1):
+        x, y, gain = best_shift({"prediction": a, "ground truth": b} for a, b in zip(one, other))
+        assert (x, y) == (sign * dx, sign * dy) and gain > 1
+
+
+def test_the_papers_protocol_tells_of_a_shifted_truth_and_scores_it_as_it_is(tmp_path, capsys):
+    world = translation(3, 68, 100)[0].float()
+    truth = write_frames(tmp_path / "truth", world[..., 2:66, 2:98])
+    shifted = write_frames(tmp_path / "shifted", world[..., 3:67, 4:100])  # all lies 2 further left, 1 higher
+    soft = F.avg_pool2d(F.pad(world[..., 2:66, 2:98], (2, 2, 2, 2), "replicate"), 5, stride=1)
+    soft = write_frames(tmp_path / "soft", soft)
+    scores = {}
+    for pred in (shifted, soft, truth):
+        args = [str(pred), str(truth), "--metrics", "psnr", "--protocol", "adcvsr"]
+        result = metrics.evaluate(metrics.parse(args))
+        scores[pred.name], out = result["mean"]["psnr"], capsys.readouterr().out
+        assert ("2 pixels right of the prediction and 1 below it, which costs" in out) is (pred == shifted)
+        assert ("note:" in out) is (pred == shifted)
+    plain = metrics.evaluate(metrics.parse([str(shifted), str(truth), "--metrics", "psnr"]))
+    assert plain["mean"]["psnr"] == pytest.approx(scores["shifted"], abs=1e-3)
+    assert "note:" not in capsys.readouterr().out  # the paper's protocol alone asks
 
 
 def test_dover_gets_the_frames_losslessly_and_its_score_is_read(tmp_path):
@@ -567,7 +674,7 @@ def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
     out = tmp_path / "out.json"
     args = f"{clip} {clip} --metrics psnr,dover --dover {tmp_path} --json {out}"
     args = metrics.parse(args.split())
-    metrics.write_results(metrics.evaluate(args), args)
+    metrics.write_json(metrics.evaluate(args), args.json)
     assert json.loads(out.read_text())["mean"] == {"psnr": "inf", "dover": "nan"}
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "DOVER not computed" in err and "no decord" in err

@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from fractions import Fraction
+from functools import partial
 from io import StringIO
 from itertools import islice, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import av
 import numpy as np
@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
+import video
 from runtime import UserError
 from video import (
-    VIDEO_FORMATS,
+    ResumableWriter,
     VideoError,
     VideoReader,
     VideoWriter,
-    concatenate,
     read_clip,
     to_network,
     to_uint8,
@@ -91,22 +91,32 @@ def write_clip(path, clip, rate=Fraction(25), times=None, source=None, **options
     return path
 
 
+def twice(rgb: np.ndarray) -> np.ndarray:
+    """A frame at twice its size, by pixel doubling: what stands for the network here."""
+    return rgb.repeat(2, axis=0).repeat(2, axis=1)
+
+
 def doubled(path: Path, frames: list, reader: VideoReader) -> Path:
-    """Frames at twice their size, by pixel doubling, as infer.py writes a segment."""
-    clip = np.stack([frame.rgb.repeat(2, axis=0).repeat(2, axis=1) for frame in frames])
+    """Frames at twice their size, encoded in one go."""
+    clip = np.stack([twice(frame.rgb) for frame in frames])
     return write_clip(path, clip, reader.rate, [frame.time for frame in frames], reader)
 
 
-def x2(source: Path, target: Path, lengths: tuple[int, ...] = (), start=0.0, frames=None) -> list[str]:
-    """What infer.py does, with `doubled` for a network: segments of these lengths, then one file. Notes."""
-    with VideoReader(source, start) as reader, TemporaryDirectory() as parts:
-        left, segments, starts = list(islice(reader, frames)), [], []
-        for n, length in enumerate(lengths or [len(left)]):
-            part, left = left[:length], left[length:]
-            path = Path(parts, f"{n:06d}{'.mp4' * (target.suffix in VIDEO_FORMATS)}")
-            segments, starts = [*segments, doubled(path, part, reader)], [*starts, part[0].time]
-        assert not left
-        return concatenate(segments, starts, target, reader, to_end=frames is None)
+def x2(source: Path, target: Path, segment=96, start=0.0, frames=None, stop=()) -> list[str]:
+    """What infer.py does, in segments of `segment` frames: interrupted before each frame of `stop`, gone on
+    with by another writer, then one file. Returns its notes."""
+    with VideoReader(source, start) as reader, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "SEGMENT", segment)
+        size = 2 * reader.width, 2 * reader.height
+        for end in (*stop, None):
+            with suppress(KeyboardInterrupt):
+                with ResumableWriter(target, *size, reader, {}, to_end=frames is None) as writer:
+                    first = writer.done
+                    for n, frame in enumerate(islice(reader, first, frames), first):
+                        if n == end:
+                            raise KeyboardInterrupt
+                        writer.write(twice(frame.rgb), frame.time)
+                return writer.notes
 
 
 def times_of(path) -> list[Fraction]:
@@ -405,12 +415,12 @@ def test_converters_are_exact_and_round_halves_up():
 # --- sound ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [(50,), (20, 20, 10)])
+@pytest.mark.parametrize("segment", [50, 20])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
-def test_audio_packets_are_copied_byte_for_byte_at_their_distance_to_the_picture(tmp_path, suffix, lengths):
+def test_audio_packets_are_copied_byte_for_byte_at_their_distance_to_the_picture(tmp_path, suffix, segment):
     source = with_sound(tmp_path / f"source{suffix}", moving_clip(50), video_start=10)
     out = tmp_path / f"out{suffix}"
-    assert x2(source, out, lengths) == []
+    assert x2(source, out, segment) == []
     assert packets(source, "audio") == packets(out, "audio") != []
 
     def lead(path):
@@ -429,7 +439,7 @@ def test_audio_packets_are_copied_byte_for_byte_at_their_distance_to_the_picture
 
 def test_a_part_of_a_clip_takes_its_part_of_the_sound(tmp_path):
     source = with_sound(tmp_path / "source.mp4", moving_clip(50))
-    x2(source, tmp_path / "out.mp4", (4, 6), start=1.0, frames=10)
+    x2(source, tmp_path / "out.mp4", 4, start=1.0, frames=10)
     assert packet_times(tmp_path / "out.mp4") == [Fraction(n, 25) for n in range(10)]
     whole, part = packets(source, "audio"), packets(tmp_path / "out.mp4", "audio")
     assert any(whole[i : i + len(part)] == part for i in range(len(whole)))
@@ -459,14 +469,14 @@ def test_subtitles_and_sound_go_along(tmp_path, name):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 @pytest.mark.parametrize("rate", [NTSC, Fraction(25), "variable"])
-@pytest.mark.parametrize("lengths", [(60,), (1, 1, 2, 3, 20, 32, 1), (25, 25, 10)])
-def test_joined_segments_are_one_uninterrupted_run(tmp_path, suffix, rate, lengths):
+@pytest.mark.parametrize("segment, stop", [(60, ()), (1, (1, 7)), (25, (24, 52))])
+def test_joined_segments_are_one_uninterrupted_run(tmp_path, suffix, rate, segment, stop):
     if rate == "variable":
         source = raw_video(tmp_path / "s.mkv", moving_clip(60), Fraction(30), VARIABLE, Fraction(1, 1000))
     else:
         source = raw_video(tmp_path / "s.mp4", moving_clip(60), rate)
     out, whole = tmp_path / f"joined{suffix}", tmp_path / f"whole{suffix}"
-    x2(source, out, lengths)
+    x2(source, out, segment, stop=stop)
     with VideoReader(source) as reader:
         doubled(whole, list(reader), reader)
     assert times_of(out) == times_of(whole) == times_of(source)
@@ -480,23 +490,28 @@ def test_joined_segments_are_one_uninterrupted_run(tmp_path, suffix, rate, lengt
         for name in ("time_base", "start_time", "colorspace", "color_range", "sample_aspect_ratio"):
             joined, uninterrupted = (c.streams.video[0] for c in (a, b))
             assert getattr(joined, name) == getattr(uninterrupted, name), name
-    x2(source, tmp_path / "frames", lengths)  # the same without encoding, as PNGs
+    x2(source, tmp_path / "frames", segment, stop=stop)  # the same without encoding, as PNGs
     assert [p.name for p in sorted((tmp_path / "frames").iterdir())] == [f"{n:06d}.png" for n in range(60)]
     difference = read_clip(out).astype(float) - read_clip(tmp_path / "frames")
     assert np.abs(difference).mean(axis=(1, 2, 3)).max() < 12  # each frame in its place
 
 
-def test_segments_that_cannot_be_joined_are_named_and_nothing_is_left(tmp_path):
-    with VideoReader(raw_video(tmp_path / "s.mp4", moving_clip(4))) as reader:
-        good = write_clip(tmp_path / "0.mp4", moving_clip(4), source=reader)
-        other = write_clip(tmp_path / "1.mp4", moving_clip(4, 96, 64), source=reader)
-        (tmp_path / "2.mp4").write_bytes(good.read_bytes()[:900])
-        before = sorted(tmp_path.iterdir())
-        lines = {other: "1.mp4: made with other settings", tmp_path / "2.mp4": "2.mp4: not a vid"}
-        for bad, line in lines.items():
-            with pytest.raises(VideoError, match=line):
-                concatenate([good, bad], [Fraction(0), Fraction(4, 25)], tmp_path / "out.mp4", reader)
-    assert sorted(tmp_path.iterdir()) == before
+def test_segments_that_cannot_be_joined_are_named_and_nothing_is_lost(tmp_path):
+    source, out = raw_video(tmp_path / "s.mp4", moving_clip(6)), tmp_path / "out.mp4"
+    parts = tmp_path / "out.mp4.parts"
+    other = write_clip(tmp_path / "other.nut", moving_clip(2, 32, 32))
+    for content, line in (
+        (other.read_bytes(), "00000002.nut: made with other settings"),
+        (other.read_bytes()[:40], "00000002.nut: not a video"),
+    ):
+        with VideoReader(source) as reader, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(video, "SEGMENT", 2)
+            with pytest.raises(VideoError, match=line), ResumableWriter(out, 128, 96, reader, {}) as writer:
+                for frame in islice(reader, writer.done, None):
+                    writer.write(twice(frame.rgb), frame.time)
+                (parts / "00000002.nut").write_bytes(content)
+        assert not out.exists()
+        assert {p.name for p in parts.iterdir()} == {"plan.json", *(f"0000000{n}.nut" for n in (0, 2, 4))}
 
 
 # --- folders and images --------------------------------------------------------------------------------
@@ -642,7 +657,7 @@ def test_an_output_that_cannot_be_is_refused_before_work_starts(tmp_path, name):
 def test_a_folder_without_permission_is_named(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(VideoError, match="out.mp4: cannot be written"):
-        VideoWriter(tmp_path / "out.mp4", 64, 48, Fraction(25))
+        write_clip(tmp_path / "out.mp4", moving_clip(1))
 
 
 # --- interruptions -------------------------------------------------------------------------------------
@@ -697,6 +712,18 @@ def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path, name):
     write_clip(target, moving_clip(5))  # what the killed one left is no obstacle
     assert len(read_clip(target)) == 5
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be tied to a core here")
+@pytest.mark.skipif(os.cpu_count() < 2, reason="one core only")
+def test_the_bytes_of_a_video_do_not_depend_on_the_number_of_cores(tmp_path):
+    encode = "import sys, test_video as t; t.write_clip(sys.argv[1], t.moving_clip(50, 144, 192))"
+    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    for cores in ({0}, {0, 1}):
+        command = [sys.executable, "-c", encode, tmp_path / f"{len(cores)}.mp4"]
+        tie = partial(os.sched_setaffinity, 0, cores)
+        subprocess.run(command, env=os.environ | paths, preexec_fn=tie, check=True)
+    assert (tmp_path / "1.mp4").read_bytes() == (tmp_path / "2.mp4").read_bytes()
 
 
 # --- the awkward files ---------------------------------------------------------------------------------
