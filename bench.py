@@ -3,7 +3,7 @@
     quality   PSNR, SSIM, detail and E*_warp of students, on clips that training never saw
     heads     the same of tiny's stage 2, trained once for each split of channels between the heads (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
-    table1    parameters and seconds of DOVE, AdcSR and AdcVSR, the paper's Table 1 beside them
+    table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
     train1    one step of stage 1 on one clip: seconds, memory, operations
     train2    one step of stage 2
     data      seconds of a core for each part of loading; a list of a million files
@@ -41,7 +41,9 @@ from infer import SHIPPED, choose_device_and_dtype
 from metrics import DISTS, detail, dis_flow, psnr, ssim, strips, warping_errors
 from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, bicubic
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
-from teacher import DoveTeacher, FeatureEncoder
+from seedvr2 import PRESETS as SEEDVR2
+from seedvr2 import NaDiT, VideoVAE
+from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
 from video import VideoWriter, to_clip, to_frames, to_network, to_uint8
 
 ROOT = Path(__file__).parent
@@ -214,8 +216,8 @@ def as_process(code: str, *arguments, setup: str = "") -> tuple[float, float, fl
 
 
 # Paper: Table 1: parameters in billions, seconds.
-PAPER = {"DOVE": (10.55, 4.42), "AdcSR, frame by frame": (0.46, 0.52), "AdcSR, a batch": (0.46, 0.52),
-         "AdcVSR": (0.57, 0.55)}  # fmt: skip
+PAPER = {"DOVE": (10.55, 4.42), "SeedVR2": (8.24, 60.61), "AdcSR, frame by frame": (0.46, 0.52),
+         "AdcSR, a batch": (0.46, 0.52), "AdcVSR": (0.57, 0.55)}  # fmt: skip
 T5 = 4_762_310_656  # weights of DOVE's text encoder, which the paper counts; its only prompt is a file here
 
 
@@ -226,9 +228,10 @@ def table1(args: Args) -> dict[str, float]:
     print(f"{t}x{side}x{side} -> x4, {machine()}" + ("" if ON_GPU else "; seconds: of small twins"))
     print(f"{'':22} parameters   seconds  faster     paper: parameters, seconds, faster")
     for name, (billions, paper) in PAPER.items():
-        make = dove if name == "DOVE" else adcvsr if name == "AdcVSR" else adcsr
+        make = {"DOVE": dove, "SeedVR2": seedvr2, "AdcVSR": adcvsr}.get(name, adcsr)
         with torch.device("meta"):
-            size = weights_of(make("full")) + T5 * (name == "DOVE")
+            counted = make("full").net if name == "SeedVR2" else make("full")  # of that not the VAE
+            size = weights_of(counted) + T5 * (name == "DOVE")
         with torch.device(DEVICE), torch.no_grad():
             net = make(preset).to(DEVICE, torch.bfloat16).eval()
             pieces = lr.split(1 if name.endswith("frame by frame") else t, dim=1)
@@ -264,6 +267,14 @@ def dove(preset: str) -> DoveTeacher:
         layers_per_block=3 if full else 1, scaling_factor=0.7,
     )  # fmt: skip
     return DoveTeacher(transformer, vae, CogVideoXDPMScheduler(), torch.zeros(226, text), seed=0)
+
+
+def seedvr2(preset: str) -> SeedVR2Teacher:
+    """SeedVR2 at random weights: full, which is the 7B, or tiny."""
+    full = preset == "full"
+    net = NaDiT(**SEEDVR2["7b"] if full else SEEDVR2["tiny"] | {"latents": VideoVAE.LATENTS})
+    vae = VideoVAE() if full else VideoVAE((8, 8, 16, 16), groups=4)
+    return SeedVR2Teacher(net, vae, torch.zeros(58, net.txt_in.in_features))
 
 
 # ---- Training ---------------------------------------------------------------------------------------------

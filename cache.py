@@ -1,6 +1,6 @@
 """The teacher's videos on disk, made once: a call of DOVE costs eight times the student's.
 
-    torchrun --nproc_per_node=8 cache.py --teacher PATH_TO_DOVE --videos FOLDER --images FOLDER
+    torchrun --nproc_per_node=8 cache.py --teacher PATH_TO_DOVE --videos FOLDER --images FOLDER    or SeedVR2's
     python cache.py --preset tiny --videos FOLDER --images FOLDER      HR is its own teacher
 
     CACHE/lr/00000012.mkv   hr/00000012.mkv   teacher/00000012.mkv   cache.json
@@ -47,7 +47,7 @@ RATIO = 0.27  # bytes of an FFV1 file for a raw byte, measured on photographed c
 # fmt: off
 @dataclass(frozen=True)
 class Config(Sources):
-    teacher: str = "weights/DOVE"  # a DOVE folder, or gt (HR itself)
+    teacher: str = "weights/DOVE"  # a DOVE or SeedVR2 folder, or gt (HR itself)
     clips: int = 20_000            # clips in it   Choice: 220 GB, each seen 80 times in 200K steps of 8
     seed: int = 0                  # seed of the clips and of the noise in the teacher
     out: str = "cache"             # the cache's folder

@@ -385,7 +385,7 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: 
 
 
 def keep_memory() -> None:
-    """glibc gives large tensors back after each use, and their pages come back zeroed, a tenth of the time."""
+    """glibc gives large tensors back after each use, and zeroed pages come back: a tenth of all the time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in MALLOPT.values():
             libc.mallopt(parameter, value)

@@ -1,6 +1,7 @@
-"""What the student learns from (paper Sec. 3.3): DOVE's videos x_T, and the features f of any video.
+"""What the student learns from (paper Sec. 3.3): a teacher's videos x_T, and the features f of any video.
 
     lr (b t 3 h w) --DoveTeacher-----> x_T (b t 3 4h 4w)           one step of a transformer of 5.57 B
+                   --SeedVR2Teacher--> x_T                         or of 3.39 or 8.24 B (Table 4; seedvr2.py)
     x  (b t 3 h w) --FeatureEncoder--> f   (b t c h/8 w/8)         on the grid of the student's f_S
 
 A call of DOVE costs eight times the student's, so its videos are best made once: see cache.py.
@@ -8,12 +9,14 @@ A call of DOVE costs eight times the student's, so its videos are best made once
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors.torch import load_file
@@ -23,6 +26,7 @@ from data import NOISE, generator
 from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple, read_half_decoder
 from model import PRESETS as STUDENTS
 from runtime import UserError, explained, freeze
+from seedvr2 import NaDiT, VideoVAE, restore
 
 TIMESTEP = 399  # the one step of DOVE: its input counts as this noisy, and no noise is added
 TIME_MULTIPLE = 8  # DOVE's clips have 8k + 1 frames, as the temporal strides of its VAE ask for
@@ -37,7 +41,7 @@ COMPLETE = "Is the download complete?"
 class Teacher:
     """What the student learns from."""
 
-    teacher: str = "weights/DOVE"  # a DOVE folder, gt (HR itself), or a folder of another's results   Table 4
+    teacher: str = "weights/DOVE"  # a DOVE or SeedVR2 folder, gt (HR itself), another's results   Table 4
     teacher_cache: str = ""        # clips and teacher videos made before by cache.py
     adcsr: tuple[str, ...] = ("weights/net_params_200.pkl", "weights/halfDecoder.ckpt")  # AdcSR's two files
     vae: str = VAE                 # SD2.1's VAE, for the feature targets: a folder, a hub id, or seeded
@@ -102,8 +106,8 @@ class DoveTeacher(nn.Module):
         """x (b 8k+1 3 h w) -> scaled latents (b 2k+1 16 h/8 w/8)."""
         x = rearrange(x.to(self.prompt), "b t c h w -> b c t h w")
         posterior = self.vae.encode(x).latent_dist
-        noises = [noise(self.seed, i) for i in index] if self.seed is not None else None
-        z = posterior.sample(noises) if noises else posterior.mean
+        generators = [noise_of(self.seed, i) for i in index] if self.seed is not None else None
+        z = posterior.sample(generators) if generators else posterior.mean
         return rearrange(z * self.vae.config.scaling_factor, "b c t h w -> b t c h w")
 
     def decode(self, z: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ class DoveTeacher(nn.Module):
         folder = Path(folder)
         for name in "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json":
             if not (folder / name).is_file():
-                way_out = "Give the folder with transformer/, vae/ and scheduler/."
+                way_out = "Give the folder with transformer/, vae/ and scheduler/, or SeedVR2's."
                 raise TeacherError(f"{folder}: not a DOVE checkpoint, {name} is missing. {way_out}")
         transformer = load(CogVideoXTransformer3DModel, folder / "transformer", COMPLETE, torch_dtype=dtype)
         if not transformer.config.patch_size_t:
@@ -145,8 +149,8 @@ class DoveTeacher(nn.Module):
         return cls(transformer, vae, scheduler, prompt.to(dtype), seed)
 
 
-def noise(seed: int, index: int) -> torch.Generator:
-    """The generator of the posterior's noise for sample `index`: the same on every rank, and in a cache."""
+def noise_of(seed: int, index: int) -> torch.Generator:
+    """The generator of a teacher's noise for sample `index`: the same on every rank, and in a cache."""
     return torch.Generator().manual_seed(int(generator(seed, index, NOISE).integers(2**63)))
 
 
@@ -189,27 +193,165 @@ def read_prompt(folder: Path, width: int) -> Tensor:
     return prompt
 
 
+# ------------------------------------------------------------------------------------------------------
+# SeedVR2
+
+ONE_STEP, MANY_STEPS = "seedvr2_ema_", "seedvr_ema_"  # how the files of SeedVR2 and of SeedVR begin
+WEIGHT_SUFFIXES = (".pth", ".safetensors")
+
+
+class SeedVR2Teacher(nn.Module):
+    """SeedVR2 in its one step: lr (b t 3 h w) -> x_T (b t 3 4h 4w), both in [-1, 1]. Any h, w, t >= 1.
+
+    txt (m c): the embedding of its one prompt; seed: of the noise. The official script may lay the input's
+    low frequencies over the output's.  # Choice: not here, or the student would learn the input's colour cast.
+    """
+
+    MULTIPLE = 16  # of the sides: a token is 2 x 2 latents of 8 x 8 pixels
+
+    def __init__(self, net: NaDiT, vae: VideoVAE, txt: Tensor, seed: int = 0):
+        super().__init__()
+        self.net, self.vae, self.seed = net, vae, seed
+        self.register_buffer("txt", txt)
+        freeze(self)
+
+    # fmt: off
+    @torch.no_grad()
+    def forward(
+        self, lr: Tensor, index: Tensor | None = None, generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """index (b,): of the samples; with the seed it decides their noise, on any device. None: 0, 1, ...
+
+        Or else generator: of the noise in a sample of the VAE's posterior, then of the noise that the step
+        starts from, in the official code's order; and noise (b k+1 h' w' 16), on the grid of the padded
+        clip's latents: the latter, with the posterior's mean where no generator is given.
+        """
+        if generator is None and noise is None:
+            index = range(len(lr)) if index is None else index.tolist()
+            return torch.cat([self(clip[None], generator=noise_of(self.seed, i)) for clip, i in zip(lr, index)])
+        t, _, h, w = lr.shape[1:]
+        z = self.vae.encode(self.enlarge(lr), generator)                      # (b k+1 16 h' w')
+        if noise is None:
+            # Filled in the order of the official code's memory, so that equal seeds give equal noise.
+            noise = torch.empty(rearrange(z, "b t c h w -> b c t h w").shape, device=generator.device)
+            noise = rearrange(noise, "b c t h w -> b t h w c").normal_(generator=generator)
+        z0 = restore(self.net, rearrange(z, "b t c h w -> b t h w c"), noise.to(z.device), self.txt)
+        x_t = self.vae.decode(rearrange(z0, "b t h w c -> b t c h w"))        # (b 4k+1 3 8h' 8w')
+        return x_t.float().clamp(-1, 1)[:, :t, :, : SCALE * h, : SCALE * w]
+    # fmt: on
+
+    def enlarge(self, lr: Tensor) -> Tensor:
+        """lr (b t 3 h w) -> (b 4k+1 3 8h' 8w'): 4h x 4w, then whole tokens and whole latents.
+
+        Bicubic with antialiasing, which is another kernel even where a picture grows. The last frame is
+        repeated, a single frame stays one.  # Choice: sides are padded; the official code crops them.
+        """
+        size = [SCALE * side for side in lr.shape[3:]]
+        x = F.interpolate(lr.float().flatten(0, 1), size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = rearrange(pad_to_multiple(x, self.MULTIPLE), "(b t) c h w -> b t c h w", b=len(lr))
+        return torch.cat([x, repeat(x[:, -1], "b c h w -> b n c h w", n=(1 - x.shape[1]) % 4)], dim=1)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0):
+        """folder: `seedvr2_ema_*` and `ema_vae.pth` as in the hub's SeedVR2-3B and -7B, and the code
+        repository's `pos_emb.pt` in it or beside it; or the path of one of several `seedvr2_ema_*` there.
+
+        Raises `TeacherError` or `WeightsError`.
+        """
+        path = find_transformer(Path(folder))
+        folder = path.parent
+        vae = weight_files(folder, "ema_vae")
+        if not vae:
+            way_out = "The hub has it beside the transformer."
+            raise TeacherError(f"{folder}: SeedVR2 without its VAE, ema_vae.pth is missing. {way_out}")
+        places = [place / "pos_emb.pt" for place in (folder, folder.absolute().parent)]
+        text = next((place for place in places if place.is_file()), None)
+        if text is None:
+            what = "no pos_emb.pt, the embedding of SeedVR2's prompt, in it or beside it"
+            raise TeacherError(f"{folder}: {what}. Put that of github.com/ByteDance-Seed/SeedVR there.")
+        with explained(f"{text}: not a prompt embedding", COMPLETE, TeacherError):
+            txt = torch.load(text, map_location="cpu", weights_only=True).to(dtype)
+        net = NaDiT.from_file(path, dtype)
+        if txt.shape[1:] != (net.txt_in.in_features,):
+            what = f"shape {tuple(txt.shape)}; the transformer takes (tokens, {net.txt_in.in_features})"
+            raise TeacherError(f"{text}: {what}. Take SeedVR2's.")
+        return cls(net, VideoVAE.from_file(vae[0], dtype), txt, seed)
+
+
+def is_seedvr2(teacher: str | Path) -> bool:
+    """Whether this is a file of SeedVR2's, or a folder with one."""
+    path = Path(teacher)
+    files = (ONE_STEP, MANY_STEPS, "ema_vae")
+    return path.suffix in WEIGHT_SUFFIXES or any(weight_files(path, name) for name in files)
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files with weights whose names begin so, plain ones before their variants."""
+    return [p for p in sorted(folder.glob(f"{name}*")) if p.suffix in WEIGHT_SUFFIXES]
+
+
+def find_transformer(path: Path) -> Path:
+    """The transformer's file in a folder, or this file; not SeedVR's. Raises `TeacherError`."""
+    if path.is_dir():
+        found = weight_files(path, ONE_STEP)
+        found = [p for p in found if "sharp" not in p.stem] or found or weight_files(path, MANY_STEPS)[:1]
+        if len(found) > 1:
+            names = ", ".join(p.name for p in found)
+            raise TeacherError(f"{path}: several transformers ({names}). Give the path of one of them.")
+        path = found[0] if found else path / f"{ONE_STEP}3b.pth"
+    if not path.is_file():
+        way_out = "Get ByteDance-Seed/SeedVR2-3B or -7B."
+        raise TeacherError(f"{path}: missing, so SeedVR2 has no transformer. {way_out}")
+    # SeedVR has the same keys and shapes, and one step of it is a blur. Only names tell: the file's, the one
+    # behind a link, and the one under which it was first saved, which a pickle keeps when it is renamed.
+    names = {path.name, path.resolve().name, *names_inside(path)}
+    if any(name.startswith(MANY_STEPS) for name in names):
+        what = "the weights of SeedVR, which takes 50 steps; a teacher takes one"
+        raise TeacherError(f"{path}: {what}. Give SeedVR2's, {ONE_STEP}3b.pth or {ONE_STEP}7b.pth.")
+    return path
+
+
+def names_inside(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()[:1]
+    except (OSError, zipfile.BadZipFile):  # not a pickle of PyTorch's, or damaged, which its reader will say
+        return []
+
+
+# ------------------------------------------------------------------------------------------------------
+# Which teacher
+
+
 def load_teacher(
     teacher: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
 ) -> Callable[..., Tensor] | None:
-    """x_T of (lr, index) by DOVE from its folder; None for gt, the paper's row "No Teacher (HR GT Only)".
+    """x_T of (lr, index) by DOVE or SeedVR2, told apart by what is in the folder; None for gt, the paper's
+    row "No Teacher (HR GT Only)".
 
-    dtype: bfloat16 on a GPU, as DOVE runs, and float32 on a CPU if not given. Raises `TeacherError`.
+    dtype: bfloat16 on a GPU, as both run, and float32 on a CPU if not given. Raises `TeacherError` or
+    `WeightsError`.
     """
     if teacher == "gt":
         return None
     if is_results(teacher):
-        what = "has no transformer/, so it is not a DOVE checkpoint"
+        what = "has neither transformer/ nor seedvr2_ema_*, so it is neither DOVE nor SeedVR2"
         way_out = "Results of another method, made from CACHE/lr, train with --teacher-cache CACHE"
         raise TeacherError(f"{teacher}: {what}. {way_out}.")
     on_gpu = torch.device(device).type == "cuda"
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
-    return DoveTeacher.from_pretrained(teacher, dtype, seed).to(device)
+    kind = SeedVR2Teacher if is_seedvr2(teacher) else DoveTeacher
+    network = kind.from_pretrained(teacher, dtype, seed).to(device)
+    if not (dist.is_initialized() and dist.get_rank()):
+        gb = sum(weights.nbytes for weights in network.buffers()) / 1e9
+        print(f"{teacher}: {kind.__name__}, {gb:.3g} GB of weights on {device}", flush=True)
+    return network
 
 
 def is_results(teacher: str) -> bool:
     """Whether this is a folder of another method's results."""
-    return Path(teacher).is_dir() and not (Path(teacher) / "transformer").is_dir()
+    return Path(teacher).is_dir() and not (Path(teacher) / "transformer").is_dir() and not is_seedvr2(teacher)
 
 
 # ------------------------------------------------------------------------------------------------------

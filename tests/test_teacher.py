@@ -18,7 +18,7 @@ from data import Sources, TrainingClips, loader, micro_batches, to_inputs
 from model import PRESETS as STUDENTS
 from model import AdcVSR, HalfDecoder, WeightsError
 from runtime import UserError, World
-from teacher import EMPTY_PROMPT, DoveTeacher, FeatureEncoder, TeacherError, load_teacher, noise
+from teacher import EMPTY_PROMPT, DoveTeacher, FeatureEncoder, TeacherError, load_teacher, noise_of
 from video import to_network
 
 ROOT = Path(teacher.__file__).parent
@@ -162,7 +162,7 @@ def test_dove_equals_its_slow_recomputation(dove, size, sample):
     teacher_, clip = load(dove, seed=seed), clip_of(1, *size)
     fast = teacher_(clip, torch.tensor([7]))
     with torch.no_grad():
-        slow = slow_dove(teacher_, clip[0], noise(seed, 7) if sample else None)
+        slow = slow_dove(teacher_, clip[0], noise_of(seed, 7) if sample else None)
     t, h, w = size
     assert fast.shape == (1, t, 3, 4 * h, 4 * w) and fast.abs().max() <= 1
     assert slow.std() > 0.05  # there is something to compare

@@ -157,7 +157,7 @@ def test_unequal_micro_batches_weigh_by_their_clips():
         student = Gain().double()
         losses = update(student, micro_batches(batch, size, torch.device("cpu")), PIXELS)
         results.append([student.gain.item(), losses["loss"].item(), losses["pixel"].item()])
-    assert results[0] == pytest.approx(results[1], abs=1e-12) == pytest.approx(results[2], abs=1e-12)
+    assert all(result == pytest.approx(results[0], abs=1e-12) for result in results)
 
 
 def test_a_cached_target_or_a_teacher_stands_in_for_hr():

@@ -437,6 +437,16 @@ def test_audio_packets_are_copied_byte_for_byte_at_their_distance_to_the_picture
         assert container.streams.audio[0].metadata["language"] == "deu"
 
 
+def test_metadata_in_no_utf8_stops_nothing(tmp_path):
+    source = with_sound(tmp_path / "source.mkv", moving_clip(25), seconds=1.0)
+    sound, content = packets(source, "audio"), source.read_bytes()
+    assert content.count(b"deu") == 1
+    source.write_bytes(content.replace(b"deu", b"d\xe9u"))
+    assert x2(source, tmp_path / "out.mkv") == []
+    assert len(times_of(tmp_path / "out.mkv")) == 25
+    assert packets(tmp_path / "out.mkv", "audio") == sound != []
+
+
 def test_a_part_of_a_clip_takes_its_part_of_the_sound(tmp_path):
     source = with_sound(tmp_path / "source.mp4", moving_clip(50))
     x2(source, tmp_path / "out.mp4", 4, start=1.0, frames=10)
