@@ -318,7 +318,7 @@ def test_the_first_line_says_what_differs_from_the_paper(tmp_path, capsys):
         ({"teacher_cache": "nowhere"}, "nowhere: no cache.json"),
         ({"micro_batch": 0}, "--micro-batch 0: give 1 or more"),
         ({"adcsr": ("a.pkl", "b.ckpt")}, "a.pkl: no such file"),
-        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: No such file"),
+        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: cannot be read (No such file"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
@@ -361,7 +361,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     for key, grad in alone.items():
         assert grad.dtype == torch.float64 and grad.abs().max() > 0, key
         assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], grad, rtol=1e-6, atol=1e-7 * grad.abs().max().item())
+        # Below 1e-15 there is nothing but rounding: attention over a grid of one place ignores its queries.
+        atol = max(1e-7 * grad.abs().max().item(), 1e-15)
+        torch.testing.assert_close(first[key], grad, rtol=1e-6, atol=atol)
 
 
 def three_runs(world: World, folder: Path) -> None:
