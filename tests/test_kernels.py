@@ -64,7 +64,7 @@ def plain_norm(x, gamma, beta, bias, groups: int, silu: bool):
 
 
 def with_gradients(function, *tensors, dy: torch.Tensor) -> list[torch.Tensor]:
-    """function's result and the gradients of the tensors (None among them: none), where dy is the result's."""
+    """function's result and, dy being the result's, the gradients of the tensors that are not None."""
     tensors = [None if x is None else x.detach().requires_grad_() for x in tensors]
     y = function(*tensors)
     given = [x for x in tensors if x is not None]
