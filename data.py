@@ -1,4 +1,4 @@
-"""Training data: real clips, photos and a procedural world become pairs (LR, HR) and the clip types of Eq. 5.
+"""Training data: real clips, photos and a procedural world become pairs (LR, HR) and the real clips of Eq. 5.
 
 Paper: Sec. 4.1 (OpenVid-1M videos, LSDIR images, RealBasicVSR degradation, 25 frames of 512x512) and Eq. 5.
 
@@ -6,43 +6,36 @@ Paper: Sec. 4.1 (OpenVid-1M videos, LSDIR images, RealBasicVSR degradation, 25 f
     datasets/images    still or moving crop ─────┼── flip ──> hr ── degrade.py ──> lr
     dead-leaves world  rendered ─────────────────┘
 
-A sample is a pure function of (seed, global sample index): each draw comes from a generator seeded with these
-two and its purpose. Ranks take slices of the index, so processes, workers and restarts change no sample.
+A sample is a pure function of (seed, stage, global sample index): each draw comes from a generator seeded
+with these and its purpose. Ranks take slices of the index, so processes, workers and restarts change no
+sample. Points are complex numbers, x + iy in pixels: turn z + shift zooms by |turn|, rotates by its angle.
 Points are complex numbers, x + iy in pixels: turn z + shift zooms by |turn|, rotates by its angle and shifts.
 """
 
-import argparse
 import csv
 import gc
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice, takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from filelock import FileLock
 from numpy.random import Generator
 from torch import Tensor
 
-from degrade import SCALE, VARIANTS, degrade, one_thread, unsharp
-from runtime import UserError, run
-from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip, to_network
-
-NOT_HR = {"X2", "X3", "X4", "val1"}  # LSDIR's bicubic LR images and its validation images
-# The validation split, by source: what these files show is in no other file, and training never sees them.
-HELD_OUT_VIDEOS = (
-    "park_00.mp4", "park_01.mp4", "bee_00.mp4", "bee_01.mp4", "train_00.mp4", "train_01.mp4", "train_02.mp4",
-)  # fmt: skip
-HELD_OUT_IMAGES = (
-    "mdn_ultra-hdr.jpg", "mdn_wide-background.jpg", "human_person-vlado.jpg", "human_person-vlado1.jpg",
-    "recurser_Landscape_1.jpg", "recurser_Portrait_1.jpg", "oiio_tahoe-gps.jpg", "sam_groceries.jpg",
-    "dali_antennas-1335762_960_720.jpg", "dali_badger-44204_1280.jpg", "linku_hato.jpg",
-    "dali_abandoned-2179173_1280.jpg",
-)  # fmt: skip
+from degrade import SCALE, degrade, one_thread
+from runtime import UserError, World, complete
+from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, read_clip, to_clip, to_network
 
 # Choice: all of these; the paper says neither how clips and crops are drawn nor how photos are used.
 CANDIDATES = 64  # files tried for one sample before giving up
@@ -54,7 +47,30 @@ CROPS = 8  # crops tried to find one that is not
 PAN = 3 + 3j  # pixels a frame that a camera drifts along x and y, at most
 SWING = 0.004 + 0.004j  # log scale a frame that it zooms, radians a frame that it turns, at most
 FINER = 2  # moving crops are drawn on a finer grid and averaged, which keeps them equally sharp everywhere
-Place = str | Path | None  # of files: a folder, a list or a CSV
+HELD_OUT_SHARE = 500  # one file of so many is held out for validation,
+HELD_OUT = 8  # but at least so many of each kind, where that is no more than a quarter of them
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Sources:
+    """Where clips come from, and their shape."""
+
+    videos: str = "datasets/videos"  # training videos: a folder, a list (.txt), OpenVid-1M's CSV
+    images: str = "datasets/images"  # training photos: a folder, a list
+    procedural: float = 0.0          # share of clips from the procedural world
+    validation: str = ""             # held out: a folder of clips, a list of names; else one file in 500
+    frames: int = 25                 # clip length t                                  Paper: Sec. 4.1
+    size: int = 512                  # side of the HR crop in pixels                  Paper: Sec. 4.1
+
+
+@dataclass(frozen=True)
+class Data(Sources):
+    """What a training run takes of them."""
+
+    batch: int = 8                   # clips a step, over all processes               Paper: Sec. 4.1
+    micro_batch: int = 1             # of them at a time through a process's networks, gradients accumulated
+# fmt: on
 
 
 class DataError(UserError):
@@ -65,6 +81,10 @@ class DataError(UserError):
         super().__init__(message.splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
 
 
+# Purposes with a generator of their own; from 1 on, since a 0 at the end of a NumPy seed is not seen.
+KIND, PAIR, DEGRADE, VIDEO, ORDER, IMAGE, IMAGES, PICK, PIECE, NOISE = range(1, 11)
+
+
 def generator(*key: int) -> Generator:
     """The generator of one draw: the same key gives the same numbers in every process."""
     if min(key) < 0:
@@ -72,35 +92,124 @@ def generator(*key: int) -> Generator:
     return np.random.default_rng(key)
 
 
-def as_tensor(clip: np.ndarray) -> Tensor:
-    """(t h w 3) -> (t 3 h w)"""
-    return torch.from_numpy(rearrange(clip, "t h w c -> t c h w").copy())
+# --- files --------------------------------------------------------------------------------------------------
+
+NOT_HR = {"X2", "X3", "X4", "val1"}  # LSDIR's bicubic LR images and its validation images
+INDEXES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adcvsr"
+INDEXED = 10_000  # files from which on a list of them is kept there
 
 
-def list_files(source: Place, suffixes: set[str]) -> list[Path]:
-    """Sorted files, held-out ones left out, of a folder and its subfolders, a list (.txt, a path a line) or
-    OpenVid-1M's CSV (the videos that it names and that are unpacked beside it). Raises DataError for none."""
+class Files(Sequence):
+    """Paths below one folder, ordered by a hash of their names, in one array of bytes: a million of them take
+    some 50 MB, once for all processes of a machine; as Python's objects they would take 400 MB in each."""
+
+    def __init__(self, folder: Path, names: np.ndarray):
+        self.folder, self.names, self.ends = folder, names, np.flatnonzero(names == 0)  # a 0 ends each name
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, k: int) -> Path:
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        start = self.ends[k - 1] + 1 if k else 0
+        return self.folder / os.fsdecode(self.names[start : self.ends[k]].tobytes())
+
+
+def name_hash(path: str) -> bytes:
+    """What decides whether a file is held out: its name's, wherever it lies."""
+    return hashlib.sha256(os.fsencode(os.path.basename(path))).digest()[:8]
+
+
+def list_files(source: str | Path, suffixes: set[str]) -> Files:
+    """Files of a folder and its subfolders, of a list (.txt, a path a line) or of OpenVid-1M's CSV (the
+    videos that it names and that are unpacked beside it). Hidden files are none. Raises DataError.
+
+    A large set is read once, by the first process, and again when one of its folders or the list has changed.
+    """
     source = Path(source)
+    of = repr((str(Path.home()), str(source.absolute()), sorted(suffixes)))
+    index = INDEXES / hashlib.sha256(of.encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"adcvsr-{index.name}.lock"):
+        return kept_files(index, source) or read_files(index, source, suffixes)
+
+
+def kept_files(index: Path, source: Path) -> Files | None:
+    """What `read_files` has kept, unless something has changed since."""
+    with suppress(OSError, ValueError):
+        times = json.loads(index.with_suffix(".json").read_text())
+        if all(os.stat(place).st_mtime_ns == time for place, time in times.items()):
+            return Files(top_folder(source), np.memmap(index, np.uint8, "r"))
+    return None
+
+
+def read_files(index: Path, source: Path, suffixes: set[str]) -> Files:
+    """The files, read; kept if they are many and nothing has changed in the last seconds: the clocks of file
+    systems may be too coarse to tell."""
+    times: dict[str, int] = {}
     try:
-        if source.is_dir():
-            next(source.iterdir(), None)  # rglob passes over a folder that it may not read
-            paths = [p for p in source.rglob("*") if not NOT_HR & set(p.relative_to(source).parts)]
-        elif source.suffix == ".csv":
-            with source.open(newline="", encoding="utf-8") as file:
-                names = {row["video"] for row in csv.DictReader(file)}
-            on_hub = source.parts[-3:-1] == ("data", "train")  # its place in the dataset's repository
-            folder = source.parents[2] if on_hub else source.parent
-            paths = [p for p in folder.rglob("*") if p.name in names]
-        else:
-            paths = [source.parent / line.strip() for line in source.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        names = [name for name in names_in(source, times) if os.path.splitext(name)[1].lower() in suffixes]
+    except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or "not a text file or no column 'video'"
         raise DataError(f"{source}: {reason}; name a folder, a list (.txt) or OpenVid-1M's CSV") from None
-    held_out = HELD_OUT_VIDEOS + HELD_OUT_IMAGES
-    paths = sorted(p for p in paths if p.suffix.lower() in suffixes and p.name not in held_out)
-    if not paths:
-        raise DataError(f"{source}: nothing to train on; it should hold {', '.join(sorted(suffixes))}")
-    return paths
+    names.sort(key=lambda name: (name_hash(name), name))
+    packed = b"".join(os.fsencode(name) + b"\0" for name in names if os.path.basename(name)[0] != ".")
+    if len(names) >= INDEXED and time.time_ns() - max(times.values()) > 2_000_000_000:
+        with suppress(OSError):  # a home that cannot be written to: read again next time
+            INDEXES.mkdir(parents=True, exist_ok=True)
+            for path, content in (index, packed), (index.with_suffix(".json"), json.dumps(times).encode()):
+                with complete(path) as partial:
+                    partial.write_bytes(content)
+    return Files(top_folder(source), np.frombuffer(packed, np.uint8))
+
+
+def top_folder(source: Path) -> Path:
+    """What the names of a source are relative to."""
+    on_hub = source.suffix == ".csv" and source.parts[-3:-1] == ("data", "train")  # OpenVid-1M's own place
+    return source.parents[2] if on_hub else source if source.is_dir() else source.parent
+
+
+def names_in(source: Path, times: dict[str, int]) -> Iterator[str]:
+    """Relative paths that a source names; to `times`, when each folder and list of them was last changed."""
+    if source.is_dir():
+        yield from walk(source, times)
+        return
+    times[str(source)] = os.stat(source).st_mtime_ns
+    with source.open(newline="", encoding="utf-8-sig") as file:  # written by Windows, too
+        if source.suffix != ".csv":
+            yield from (line.strip() for line in file if line.strip())
+            return
+        rows = csv.reader(file)
+        column = next(rows, []).index("video")
+        named = {row[column] for row in rows if row}
+    yield from (name for name in walk(top_folder(source), times) if os.path.basename(name) in named)
+
+
+def walk(folder: Path, times: dict[str, int]) -> Iterator[str]:
+    def refuse(error: OSError):
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        times[place] = os.stat(place).st_mtime_ns
+        folders[:] = [name for name in folders if name[0] != "." and name not in NOT_HR]
+        inside = os.path.relpath(place, folder)
+        yield from files if inside == "." else (os.path.join(inside, name) for name in files)
+
+
+def held_out(files: Files, suffixes: set[str], validation: str) -> list[Path]:
+    """Files of one kind that training never sees: those of the folder `validation`, or of `files` those that
+    the list `validation` names, or one in 500, by a hash of the name."""
+    if validation and Path(validation).is_dir():
+        return list(list_files(validation, suffixes))
+    if validation:
+        names = {path.name for path in list_files(validation, suffixes)}
+        return [path for path in files if path.name in names]
+    enough, limit = min(HELD_OUT, len(files) // 4), (2**64 // HELD_OUT_SHARE).to_bytes(8, "big")
+    first = takewhile(lambda k: k < enough or name_hash(files[k]) < limit, range(len(files)))
+    return [files[k] for k in first]
+
+
+# --- crops --------------------------------------------------------------------------------------------------
 
 
 def detailed(windows: Iterable[tuple[slice, slice]], frame: np.ndarray) -> tuple[slice, slice]:
@@ -125,16 +234,18 @@ def random_crop(clip: np.ndarray, size: int, rng: Generator) -> np.ndarray:
     return np.stack([cv2.resize(f[window], (size, size), interpolation=cv2.INTER_AREA) for f in clip])
 
 
-def video_clip(path: Path, frames: int, size: int, stride: int, rng: Generator) -> np.ndarray:
-    """(t size size 3) uint8: `frames` frames of a video, each `stride`-th from a random one on, cropped."""
-    span = (frames - 1) * stride + 1
+def video_clip(path: Path, frames: int, size: int, rng: Generator) -> np.ndarray:
+    """(t size size 3) uint8: `frames` consecutive frames of a video, from a random one on, cropped."""
     with VideoReader(path) as reader:
-        starts = max(0, (reader.frames or 0) - span) + 1
-        reader.start = reader.time_of(int(rng.integers(starts)))
-        clip = [frame.rgb for frame in islice(reader, 0, span, stride)]
-    if len(clip) < frames:
-        raise DataError(f"{path}: {len(clip)} of {frames} frames decode")
-    return random_crop(np.stack(clip), size, rng)
+        there = max(frames, reader.frames or 0)  # so the header says, and headers are often wrong
+        while there >= frames:
+            start = int(rng.integers(there - frames + 1))
+            reader.start = reader.time_of(start)
+            clip = [frame.rgb for frame in islice(reader, frames)]
+            if len(clip) == frames:
+                return random_crop(np.stack(clip), size, rng)
+            there = start + len(clip)
+    raise DataError(f"{path}: {there} frames decode, {frames} are needed")
 
 
 def smooth_path(frames: int, step: complex, rng: Generator) -> np.ndarray:
@@ -180,121 +291,92 @@ def moving_crop(photo: np.ndarray, frames: int, size: int, rng: Generator) -> np
 
 
 # --- what training takes ------------------------------------------------------------------------------------
-# Purposes with a generator of their own; from 1 on, since a 0 at the end of a NumPy seed is not seen.
-POOLED = ("lr", "hr", "video", "image", "random_images")  # what a pool keeps of a sample
-KIND, PAIR, DEGRADE, VIDEO, ORDER, IMAGE, IMAGES, PIECE = range(1, 9)
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """Samples by global index: lr (t 3 size/4 size/4) and hr (t 3 size size), uint8 RGB, and `skipped`, the
-    number of corrupt, short or small files passed over; with `real_types` also what `real_clips` takes.
-    `sharpen` makes pairs of sharpened HR, as RealBasicVSR does. `procedural` is the share of pairs from the
-    dead-leaves world; at 1 no files are needed, it stands in for real videos and
-    images too. Raises DataError where no file, or none of CANDIDATES, can be used."""
+    """Samples by global index: lr (t 3 size/4 size/4) and hr (t 3 size size), uint8 RGB, and the `index`;
+    with `real_types` also what Eq. 5's real clips are made of: video, random_images (t 3 size size), one
+    image (1 3 size size) and the `order` (t,) in which the video is shuffled. Each stage has samples of its
+    own.
 
-    def __init__(
-        self, videos: Place = "datasets/videos", images: Place = "datasets/images", frames: int = 25,
-        size: int = 512, seed: int = 0, degradation: str = "realbasicvsr", procedural: float = 0.0,
-        stride: int = 1, real_types: bool = False, sharpen: bool = False,
-    ):  # fmt: skip
-        if degradation not in VARIANTS:
-            raise DataError(f"degradation {degradation}: there are {', '.join(VARIANTS)}")
-        if size % SCALE or frames < 1 + real_types:
-            raise DataError(f"{frames} frames, size {size}: take a multiple of {SCALE}, 2 frames to permute")
+    At a procedural share of 1 no files are needed: the dead-leaves world stands in for videos and photos too.
+    Raises DataError where no file, or none of CANDIDATES, can be used."""
+
+    def __init__(self, sources: Sources, seed: int = 0, stage: int = 1, real_types: bool = False):
+        videos, images, self.procedural = sources.videos, sources.images, sources.procedural
+        self.frames, self.size = sources.frames, sources.size
+        self.seed, self.stage, self.real_types = seed, stage, real_types
+        if self.size % SCALE or self.frames < 1 + real_types:
+            what = f"{self.frames} frames, size {self.size}"
+            raise DataError(f"{what}: take a multiple of {SCALE}, 2 frames to permute")
         need = "clip types 4 and 5 of Eq. 5 are photos" if real_types else "name --videos or --images"
         way_out = f"{need}; --procedural 1 needs no files"
-        if procedural < 1 and not (videos and images if real_types else videos or images):
+        if self.procedural < 1 and not (videos and images if real_types else videos or images):
             raise DataError(f"no folder of {'videos' if images else 'images'} is named: {way_out}")
-        self.videos = list_files(videos, VIDEO_SUFFIXES) if videos and procedural < 1 else []
-        try:
-            self.images = list_files(images, IMAGE_SUFFIXES) if images and procedural < 1 else []
-        except DataError as error:
-            raise DataError(f"{error}; {way_out}") from None
-        self.frames, self.size, self.seed, self.stride = frames, size, seed, stride
-        self.procedural, self.real_types, self.sharpen = procedural, real_types, sharpen
-        # Choice: clips made of a photo take the video chain too, codec included; single frames have no codec.
-        self.degradation = degradation if frames > 1 else "image"
+        self.videos, self.images, self.held_out = (), (), set()
+        if self.procedural < 1:
+            try:
+                self.videos = self.files(videos, VIDEO_SUFFIXES, sources.validation)
+                self.images = self.files(images, IMAGE_SUFFIXES, sources.validation)
+            except DataError as error:
+                raise DataError(f"{error}; {way_out}") from None
+
+    def files(self, source: str, suffixes: set[str], validation: str) -> Sequence[Path]:
+        """All of a source, () if none is named; the names of those that are held out are noted."""
+        files = list_files(source, suffixes) if source else ()
+        if source and not files:
+            raise DataError(f"{source}: nothing to train on; it should hold {', '.join(sorted(suffixes))}")
+        self.held_out |= {path.name for path in held_out(files, suffixes, validation)}
+        return files
 
     @one_thread()  # a worker a core, each with one thread, is the fastest way through many small steps
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        return self.pair(index) | (self.real(index) if self.real_types else {})
+    def __getitem__(self, index: int) -> dict[str, Tensor | np.ndarray | int]:
+        return self.pair(index) | (self.real(index) if self.real_types else {}) | {"index": index}
 
-    def pair(self, index: int) -> dict[str, Tensor | int]:
-        """lr, hr and `skipped`."""
-        kind, photo = generator(self.seed, index, KIND).random(2)
+    def rng(self, *key: int) -> Generator:
+        return generator(self.seed, self.stage, *key)
+
+    def pair(self, index: int) -> dict[str, Tensor]:
+        """lr and hr."""
+        kind, photo = self.rng(index, KIND).random(2)
         from_photo = self.images and (photo < IMAGE_SHARE or not self.videos)
-        files = [] if kind < self.procedural else self.images if from_photo else self.videos
-        hr, skipped = self.draw(files, self.frames, index, PAIR)
-        hr = unsharp(hr) if self.sharpen else hr
-        lr = degrade(hr, generator(self.seed, index, DEGRADE), self.degradation)
-        return {"lr": as_tensor(lr), "hr": as_tensor(hr), "skipped": skipped}
+        files = () if kind < self.procedural else self.images if from_photo else self.videos
+        # Choice: clips made of a photo take the video chain too, codec included.
+        hr = self.draw(files, self.frames, index, PAIR)
+        return {"lr": to_clip(degrade(hr, self.rng(index, DEGRADE))), "hr": to_clip(hr)}
 
     def real(self, index: int) -> dict[str, Tensor | np.ndarray]:
-        """What `real_clips` takes, drawn independently of the pair."""
+        """The real clips of Eq. 5, drawn independently of the pair."""
         unrelated = [self.draw(self.images, 1, index, IMAGES, k)[0] for k in range(self.frames)]
         return {
-            "video": as_tensor(self.draw(self.videos, self.frames, index, VIDEO)[0]),
-            "image": as_tensor(self.draw(self.images, 1, index, IMAGE)[0]),
-            "random_images": as_tensor(np.concatenate(unrelated)),
-            "order": permutation(self.frames, generator(self.seed, index, ORDER)),
+            "video": to_clip(self.draw(self.videos, self.frames, index, VIDEO)),
+            "image": to_clip(self.draw(self.images, 1, index, IMAGE)),
+            "random_images": to_clip(unrelated),
+            "order": permutation(self.frames, self.rng(index, ORDER)),
         }
 
-    def draw(self, files: list[Path], frames: int, *key: int) -> tuple[np.ndarray, int]:
-        """A clip (t size size 3) of the first usable file, or of the world; how many were passed over."""
+    def draw(self, files: Sequence[Path], frames: int, *key: int) -> np.ndarray:
+        """A clip (t size size 3) of the first usable file, or of the world."""
         if not files:
-            return procedural_clip(generator(self.seed, *key), frames, (self.size, self.size)).frames, 0
-        order = generator(self.seed, *key).choice(len(files), min(CANDIDATES, len(files)), replace=False)
-        for skipped, path in enumerate(files[k] for k in order):
-            rng = generator(self.seed, *key, 1 + skipped)  # never depends on the files before
+            return procedural_clip(self.rng(*key), frames, (self.size, self.size)).frames
+        order = self.rng(*key).choice(len(files), min(CANDIDATES, len(files)), replace=False)
+        for tried, path in enumerate((files[k] for k in order), 1):
+            rng = self.rng(*key, tried)  # never depends on the files before
             try:
+                if path.name in self.held_out:
+                    raise DataError(f"{path} is held out for validation")
                 if files is self.videos:
-                    clip = video_clip(path, frames, self.size, self.stride, rng)
+                    clip = video_clip(path, frames, self.size, rng)
                 elif frames > 1 and rng.random() < MOVING_SHARE:
                     clip = moving_crop(read_clip(path)[0], frames, self.size, rng)
                 else:
                     clip = np.repeat(random_crop(read_clip(path), self.size, rng), frames, axis=0)
                 across, down, transposed = rng.random(3) < 0.5  # flips, alike in all frames
                 clip = clip[:, :: -1 if down else 1, :: -1 if across else 1]
-                return np.ascontiguousarray(clip.swapaxes(1, 2) if transposed else clip), skipped
+                return np.ascontiguousarray(clip.swapaxes(1, 2) if transposed else clip)
             except (VideoError, DataError, OSError) as error:
                 reason = str(error)
-        raise DataError(f"none of {len(order)} files under {files[0].parent} can be used; the last: {reason}")
-
-
-class ClipPool(torch.utils.data.Dataset):
-    """Random pieces, lr (t 3 size/4 size/4) and hr (t 3 size size), of `count` samples made once, for
-    a machine too slow to make every sample anew (AdcSR and Real-ESRGAN draw pairs from a pool, too); with
-    `clips.real_types` what `real_clips` takes, too. A piece, too, is a pure function of seed and index.
-    """
-
-    def __init__(self, clips: TrainingClips, count: int, frames: int, size: int, workers: int):
-        self.seed, self.frames, self.size, self.real_types = clips.seed, frames, size, clips.real_types
-        if frames > clips.frames or size > clips.size:
-            pool = f"the pool's {clips.frames} frames of {clips.size}"
-            raise DataError(f"{frames} frames of {size} do not fit {pool}: see --pool-frames, --pool-size")
-        made = torch.utils.data.DataLoader(clips, batch_size=None, sampler=range(count), num_workers=workers)
-        # Cloned: what workers make is in shared memory, which is scarce.
-        self.clips = [{k: v.clone() for k, v in clip.items() if k in POOLED} for clip in made]
-
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        rng = generator(self.seed, index, PIECE)
-        clip = self.clips[rng.integers(len(self.clips))]
-        sample = self.piece(clip, ("hr", "lr"), rng) | {"skipped": 0}
-        if self.real_types:
-            for name in ("video", "image", "random_images"):  # each from a sample of its own
-                sample |= self.piece(self.clips[rng.integers(len(self.clips))], (name,), rng)
-            sample["order"] = permutation(self.frames, rng)
-        return sample
-
-    def piece(self, clip: dict[str, Tensor], names: tuple[str, ...], rng: Generator) -> dict[str, Tensor]:
-        """The same piece of the named clips; only `lr` is SCALE times smaller."""
-        frames, _, h, w = clip[names[0]].shape
-        t, side = min(self.frames, frames), self.size // SCALE
-        room = (frames - t, h // SCALE - side, w // SCALE - side)
-        i, y, x = (rng.integers(space + 1) for space in room)
-        n = {name: 1 if name == "lr" else SCALE for name in names}
-        down, across = ({k: slice(m * start, m * (start + side)) for k, m in n.items()} for start in (y, x))
-        return {k: clip[k][i : i + t, :, down[k], across[k]] for k in names}
+        raise DataError(f"none of {tried} files under {path.parent} can be used; the last: {reason}")
 
 
 def permutation(frames: int, rng: Generator) -> np.ndarray:
@@ -305,41 +387,21 @@ def permutation(frames: int, rng: Generator) -> np.ndarray:
     return order
 
 
-def real_clips(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The four real clip types of Eq. 5, (b t ...), keyed as `discriminators.LABELS`.
-
-    batch: order (b t), and of video, random_images (b t ...), image (b 1 ...) those that are wanted: all
-    frames, or all maps made frame by frame. The shuffled clip's maps are the shuffled maps, made once.
-    """
-    order, types = batch["order"], {}
-    if "video" in batch:
-        types["video"] = batch["video"]
-        shuffled = [clip[i] for clip, i in zip(batch["video"], order, strict=True)]
-        types["shuffled_video"] = torch.stack(shuffled)
-    if "image" in batch:
-        types["image"] = repeat(batch["image"], "b 1 ... -> b t ...", t=order.shape[1])
-    if "random_images" in batch:
-        types["random_images"] = batch["random_images"]
-    return types
-
-
-def indices(step: int, rank: int, world: int, batch: int) -> range:
+def indices(step: int, rank: int, processes: int, batch: int) -> range:
     """Global sample indices of one rank at a step, both from 0; `batch` is that of all ranks together."""
-    if batch % world:
-        raise DataError(f"{world} processes cannot share a batch of {batch}; take a multiple of {world}")
-    return range(step * batch + rank, (step + 1) * batch, world)
+    if batch % processes:
+        what = f"{processes} processes cannot share a batch of {batch}"
+        raise DataError(f"{what}; take a multiple of {processes}")
+    return range(step * batch + rank, (step + 1) * batch, processes)
 
 
-def loader(clips, first: int, last: int, rank: int, world: int, batch: int, workers: int, overfit: int = 0):
-    """DataLoader of this rank's batches for steps first, ..., last - 1, the same wherever the run began.
-
-    overfit: how many different clips there are, again and again; 0: all of them."""
-    steps = [indices(step, rank, world, batch) for step in range(first, last)]
-    if overfit:
-        steps = [[index % overfit for index in step] for step in steps]
+def loader(clips, first: int, cfg, world: World) -> torch.utils.data.DataLoader:
+    """This rank's batches for steps first, ..., cfg.steps - 1, the same wherever the run began. cfg: `Data`
+    with steps and workers."""
+    steps = [indices(step, world.rank, world.size, cfg.batch) for step in range(first, cfg.steps)]
     gc.collect()  # a forked worker that freed its parent's decoders would wait for threads it has not
     return torch.utils.data.DataLoader(
-        clips, batch_sampler=steps, num_workers=workers, pin_memory=torch.cuda.is_available(),
+        clips, batch_sampler=steps, num_workers=cfg.workers, pin_memory=torch.cuda.is_available(),
         worker_init_fn=own_group,
     )  # fmt: skip
 
@@ -351,10 +413,9 @@ def own_group(worker: int) -> None:
 
 
 def micro_batches(batch: dict[str, Tensor], size: int, device: torch.device) -> list[dict[str, Tensor]]:
-    """A batch cut into parts of `size` clips, on the device; `skipped` is left out."""
-    names = [name for name in batch if name != "skipped"]
-    parts = zip(*(batch[name].to(device, non_blocking=True).split(size) for name in names))
-    return [dict(zip(names, clips)) for clips in parts]
+    """A batch cut into parts of `size` clips, the last of what is left, on the device."""
+    parts = zip(*(x.to(device, non_blocking=True).split(size) for x in batch.values()))
+    return [dict(zip(batch, clips)) for clips in parts]
 
 
 def to_inputs(clips: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -362,27 +423,31 @@ def to_inputs(clips: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: to_network(x) if x.dtype == torch.uint8 else x for name, x in clips.items()}
 
 
-def validation_clips(videos: Place, images: Place, frames: int = 25, size: int = 256) -> Iterator[tuple]:
-    """(name, hr (t size size 3), lr (t size/4 size/4 3)), uint8, of the held-out files that are there."""
-    named = [(Path(videos) / name, VIDEO) for name in HELD_OUT_VIDEOS if videos]
-    named += [(Path(images) / name, IMAGE) for name in HELD_OUT_IMAGES if images]
-    for number, (path, kind) in enumerate(named):
-        rng = generator(0, number, kind)
-        with suppress(VideoError, DataError):
-            if kind == VIDEO:
-                hr = video_clip(path, frames, size, 1, rng)
+def held_out_clips(cfg, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Up to `count` clips that training never sees, the same every time: name, hr (t size size 3), lr, uint8;
+    of videos and, under a moving camera, of photos by turns, or procedural ones where no file is held out.
+    cfg: `Sources`."""
+    kinds, clips = [], []
+    for source, suffixes in (cfg.videos, VIDEO_SUFFIXES), (cfg.images, IMAGE_SUFFIXES):
+        there = source and cfg.procedural < 1 and Path(source).exists()  # beside a teacher cache it need not
+        kinds.append(held_out(list_files(source, suffixes) if there else (), suffixes, cfg.validation))
+    if cfg.validation and not any(kinds):
+        what = f"neither a folder with clips nor a list of files in {cfg.videos} or {cfg.images}"
+        raise DataError(f"--validation {cfg.validation}: {what}")
+    for path in filter(None, chain.from_iterable(zip_longest(*kinds))):
+        if len(clips) == count:
+            break
+        key = int.from_bytes(name_hash(path.name), "big")
+        with suppress(VideoError, DataError, OSError):
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                hr = video_clip(path, cfg.frames, cfg.size, generator(key, PAIR))
             else:
-                hr = moving_crop(read_clip(path)[0], frames, size, rng)
-            yield path.stem, hr, degrade(hr, generator(0, number, DEGRADE))
-
-
-def fixed_clips(videos: Place, images: Place, frames: int, size: int, count: int) -> list[tuple]:
-    """`count` of the validation clips, or procedural ones where a data set has none of the held-out files."""
-    clips = list(validation_clips(videos, images, frames, size)) if count else []
+                hr = moving_crop(read_clip(path)[0], cfg.frames, cfg.size, generator(key, PAIR))
+            clips.append((path.stem, hr, degrade(hr, generator(key, DEGRADE))))
     for seed in range(0 if clips else count):
-        hr = procedural_clip(generator(seed), frames, (size, size)).frames
+        hr = procedural_clip(generator(seed), cfg.frames, (cfg.size, cfg.size)).frames
         clips.append((f"procedural_{seed}", hr, degrade(hr, generator(seed, DEGRADE))))
-    return clips[:: max(1, len(clips) // max(1, count))][:count]
+    return clips
 
 
 # --- the dead-leaves world ----------------------------------------------------------------------------------
@@ -397,13 +462,12 @@ DRIFT, SPIN = 2 + 2j, 0.004 + 0.02j  # a leaf's own PAN and SWING, at most
 NEAR = (0.6, 1.4)  # share of the camera's pan in the farthest and the nearest leaf: parallax
 
 
-class World(NamedTuple):
+class Rendered(NamedTuple):
     """A rendered clip with its ground truth; `flow` and `visible` are None unless asked for."""
 
     frames: np.ndarray  # (t h w 3) uint8
     flow: np.ndarray | None  # (t-1 h w 2): what frame i shows at (x, y), the next shows at (x, y) + flow
     visible: np.ndarray | None  # (t-1 h w): that point is inside one shape, in view, uncovered in both
-    cuts: tuple[int, ...]  # frames that begin a new shot; across a cut flow is 0 and nothing visible
 
 
 class Leaf(NamedTuple):
@@ -415,24 +479,18 @@ class Leaf(NamedTuple):
     shift: np.ndarray
 
 
-def procedural_clip(rng: Generator, frames: int, size: tuple[int, int], shots=1, truth=False) -> World:
+def procedural_clip(rng: Generator, frames: int, size: tuple[int, int], truth=False) -> Rendered:
     """A clip of `size` (h, w) of textured shapes that hide each other and move, as does the camera."""
-    if not 1 <= shots <= frames:
-        raise DataError(f"{frames} frames cannot hold {shots} shots")
-    cuts = np.sort(rng.choice(np.arange(1, frames), shots - 1, replace=False)).tolist()
-    clip, flow = [], np.zeros((frames - 1, *size, 2), np.float32)
-    visible = np.zeros(flow.shape[:3], bool)
-    for start, stop in zip([0, *cuts], [*cuts, frames], strict=True):
-        leaves = make_leaves(rng, stop - start, size)
-        drawn, owners = zip(*(draw_leaves(leaves, i, size) for i in range(stop - start)), strict=True)
-        clip += drawn
-        for i in range(start, stop - 1) if truth else ():
-            flow[i], visible[i] = exact_flow(leaves, i - start, owners)
-    return World(np.stack(clip), flow if truth else None, visible if truth else None, tuple(cuts))
+    leaves = make_leaves(rng, frames, size)
+    clip, owners = zip(*(draw_leaves(leaves, i, size) for i in range(frames)))
+    if not truth:
+        return Rendered(np.stack(clip), None, None)
+    flow, visible = zip(*(exact_flow(leaves, i, owners) for i in range(frames - 1)))
+    return Rendered(np.stack(clip), np.stack(flow), np.stack(visible))
 
 
 def make_leaves(rng: Generator, frames: int, size: tuple[int, int]) -> list[Leaf]:
-    """The background and the leaves of one shot, farthest first, with their motion on the screen."""
+    """The background and the leaves, farthest first, with their motion on the screen."""
     h, w = size
     middle = complex(w - 1, h - 1) / 2
     gentle = rng.random()  # Choice: from almost still to fast
@@ -514,54 +572,19 @@ def make_patterns(rng: Generator, side: int) -> list[np.ndarray]:
 
 
 def paint(rng: Generator, patterns: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """A piece of a pattern, turned, stretched, in two colours, softly shaded: (h w 3) float32, 0..255."""
-    pattern = patterns[rng.integers(len(patterns))]
-    turn = rng.uniform(0.6, 1.4) * np.exp(1j * rng.uniform(-np.pi, np.pi))
-    piece = view(pattern, turn, complex(*rng.uniform(0, len(pattern), 2)), size[::-1])
-    first, second = (rng.uniform(20, 235) + rng.normal(0, 30, 3) for _ in range(2))
-    across, down = (rng.uniform(-0.3, 0.3) * np.linspace(-1, 1, side) for side in size[::-1])
-    shade = 1 + across + down[:, None]
-    colour = first.astype(np.float32) + (second - first).astype(np.float32) * piece[..., None]
-    colour *= shade.astype(np.float32)[..., None]
-    return cv2.GaussianBlur(colour.clip(0, 255), (0, 0), BAND_LIMIT)
+    """A piece of a pattern, turned and stretched, in two colours: (h w 3) float32, 0..255."""
+    pattern, turn = patterns[rng.integers(len(patterns))], rng.uniform(0.6, 1.4) * 1j ** rng.uniform(0, 4)
+    piece = view(pattern, turn, complex(*rng.uniform(0, len(pattern), 2)), size[::-1])[..., None]
+    first, second = (rng.uniform(20, 235, (2, 1)) + rng.normal(0, 30, (2, 3))).astype(np.float32)
+    return cv2.GaussianBlur((first + (second - first) * piece).clip(0, 255), (0, 0), BAND_LIMIT)
 
 
 def outline(rng: Generator, radius: float) -> np.ndarray:
-    """Coverage (h w) float32 of a blob, a polygon or a bar of about this radius in pixels, in texels."""
-    kind, angle = rng.integers(3), np.linspace(0, 2 * np.pi, 96, endpoint=False)
-    if kind == 0:
-        waves = (rng.normal(0, 0.3 / k) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in range(2, 6))
-        edge = np.exp(1j * angle) * np.clip(1 + sum(waves), 0.3, 1.7)
-    elif kind == 1:
-        edge = np.exp(1j * np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 8))))
-    else:
-        edge = np.array([1 + 1j, -1 + 1j, -1 - 1j, 1 - 1j]) / 2**0.5
-    edge = edge.real * rng.uniform(0.2, 1) + 1j * edge.imag  # stretched along one axis, then turned
-    edge *= radius * TEXELS * np.exp(1j * rng.uniform(0, 2 * np.pi))
-    across, down = (int(np.abs(side).max()) + 5 for side in (edge.real, edge.imag))  # room for the blur
-    points = np.stack([edge.real + across, edge.imag + down], axis=-1)
-    mask = np.zeros((2 * down + 1, 2 * across + 1), np.uint8)
-    cv2.fillPoly(mask, [np.rint(points * 16).astype(np.int32)], 255, cv2.LINE_AA, shift=4)
-    return cv2.GaussianBlur(mask.astype(np.float32) / 255, (0, 0), BAND_LIMIT)
-
-
-def sample_clip(seed: int, frames: int, size: tuple[int, int]) -> np.ndarray:
-    """A low-quality clip of `size` (h, w) to try the network on: the world above, degraded. (t h w 3)"""
-    hr = procedural_clip(generator(seed), frames, (SCALE * size[0], SCALE * size[1])).frames
-    return degrade(hr, generator(seed, DEGRADE))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a procedural low-quality clip to try the network on.")
-    parser.add_argument("-o", "--output", required=True, help="video file or folder")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=50)
-    parser.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
-    args = parser.parse_args()
-    with VideoWriter(args.output, args.size[1], args.size[0], rate=25) as writer:
-        for frame in sample_clip(args.seed, args.frames, args.size):
-            writer.write(frame)
-
-
-if __name__ == "__main__":
-    run(main)
+    """Coverage (h w) float32 of an ellipse, a box or a diamond of about this radius in pixels, in texels."""
+    (a, b), turn = radius * TEXELS * rng.uniform(0.3, 1, 2), 1j ** rng.uniform(0, 4)
+    half = np.abs([(turn.real, turn.imag), (turn.imag, turn.real)]) @ (a, b)  # its sides once it is turned
+    x, y = (np.arange(-int(side) - 5, int(side) + 6) for side in half)  # room for the blur
+    inside = (x + 1j * y[:, None]) * turn.conjugate()
+    distance = np.linalg.norm([inside.real / a, inside.imag / b], ord=rng.choice([1, 2, np.inf]), axis=0)
+    mask = (0.5 + (1 - distance) * min(a, b)).clip(0, 1).astype(np.float32)  # the edge is a texel wide
+    return cv2.GaussianBlur(mask, (0, 0), BAND_LIMIT)

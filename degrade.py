@@ -10,7 +10,7 @@ is that pipeline's configuration. Every operation is a *draw* (what will happen 
 frame where a parameter moves in time) and an *apply* (a stream of frames in, a stream of frames out): frames
 pass through all steps one by one. Values are grey levels, 0 to 255, throughout.
 
-    python degrade.py clip.mp4 -o lr.mp4 --seed 3 --show steps.png
+    python degrade.py clip.mp4 -o lr.mp4 --seed 3
 """
 
 import argparse
@@ -28,7 +28,6 @@ import cv2
 import numpy as np
 import torch
 from av.codec.context import Flags
-from einops import rearrange
 
 from runtime import UserError, run
 from video import VideoReader, VideoWriter
@@ -42,10 +41,10 @@ class Walk(NamedTuple):
     step: float
     settle: Callable = float  # round: whole numbers, rounded before the next step
 
-    def draw(self, rng: np.random.Generator, t: int, moves: bool = True) -> np.ndarray:
-        """Values (t,), clipped (not reflected) to the range; constant unless it moves."""
+    def draw(self, rng: np.random.Generator, t: int) -> np.ndarray:
+        """Values (t,), clipped (not reflected) to the range."""
         values = [self.settle(rng.uniform(self.low, self.high))]
-        for change in rng.uniform(-self.step, self.step, t - 1) * moves:
+        for change in rng.uniform(-self.step, self.step, t - 1):
             values.append(self.settle(min(max(values[-1] + change, self.low), self.high)))
         return np.array(values)
 
@@ -89,13 +88,8 @@ CODEC_FIRST_PROB = 0.5  # of the final shuffle: codec, then resize and sinc; els
 # Choice: the bitrate's range, made for 256 x 256 HR, is kept at 512 x 512, where it is four times harsher.
 ORDER_1, ORDER_2, FINAL = ({name: row[column] for name, row in TABLE.items()} for column in range(3))
 
-# What `--degradation` names: the table; DOVE's variant, where of all parameters only JPEG's quality moves in
-# time and the faults of the reference's code are kept, for comparable test sets; stills, which pass no codec.
-VARIANTS = ("realbasicvsr", "dove", "image")
-
 KERNEL_TOLERANCE = 4e-4  # sum of |weights| given up for speed: moves no pixel by more than 0.1 grey levels
 MIN_LEVELS = 64  # Choice: a floor for Poisson's v; a flat frame (v = 1) would drown in noise
-X264_PRESET = "medium"  # x264's own default, which the reference leaves
 H264 = ("libx264", "libopenh264", "mpeg4")  # the first that is there encodes
 ENCODERS = {"libx264": H264, "h264": H264, "mpeg4": ("mpeg4", "libxvid", "msmpeg4")}
 
@@ -118,25 +112,22 @@ class Blur(NamedTuple):
     rotation: np.ndarray | None = None  # (t,) radians, of the axes
     beta: np.ndarray | None = None  # (t,) shape; 1 is the plain Gaussian
     omega: np.ndarray | None = None  # (t,) cut-off of the sinc, radians per pixel
-    dove: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, t: int, table: dict, variant: str) -> "Blur | None":
+    def draw(cls, rng: np.random.Generator, t: int, table: dict) -> "Blur | None":
         if rng.random() >= table["blur_prob"]:
             return None
-        kernel, size, moves = pick(rng, table["kernels"]), int(rng.choice(KERNEL_SIZES)), variant != "dove"
+        kernel, size = pick(rng, table["kernels"]), int(rng.choice(KERNEL_SIZES))
         if kernel == "sinc":
-            omega = table["omega_below_13" if size < 13 else "omega_from_13"].draw(rng, t, moves)
-            return cls(kernel, size, omega=omega, dove=variant == "dove")
-        sigma = np.stack([table["sigma"].draw(rng, t, moves) for _ in "xy"])
-        rotation, beta = table["rotation"].draw(rng, t, moves), np.ones(t)
+            omega = table["omega_below_13" if size < 13 else "omega_from_13"].draw(rng, t)
+            return cls(kernel, size, omega=omega)
+        sigma = np.stack([table["sigma"].draw(rng, t) for _ in "xy"])
+        rotation, beta = table["rotation"].draw(rng, t), np.ones(t)
         if "aniso" not in kernel:
             sigma, rotation = np.stack([sigma[0], sigma[0]]), np.zeros(t)
         if kernel.startswith(("generalized", "plateau")):
-            beta = table["beta_" + kernel.split("_")[0]].draw(rng, t, moves)
-            if variant == "dove":  # a fault: drawn anew between 1 and beta for every frame
-                beta = rng.uniform(np.minimum(beta, 1), np.maximum(beta, 1))
-        return cls(kernel, size, sigma, rotation, beta, dove=variant == "dove")
+            beta = table["beta_" + kernel.split("_")[0]].draw(rng, t)
+        return cls(kernel, size, sigma, rotation, beta)
 
     def kernels(self) -> np.ndarray:
         """(t size size), each summing to 1."""
@@ -158,8 +149,7 @@ class Blur(NamedTuple):
 
     def apply(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame, kernel in zip(frames, self.kernels(), strict=True):
-            blurred = filter_frame(frame, kernel)
-            yield to_8bit(blurred) if self.dove and frame.dtype == np.uint8 else blurred
+            yield filter_frame(frame, kernel)
 
 
 def filter_frame(frame: np.ndarray, kernel: np.ndarray) -> np.ndarray:
@@ -191,22 +181,20 @@ class Resize(NamedTuple):
 
     interpolation: str
     size: tuple[int, int]  # h w
-    dove: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, size: tuple[int, int], table: dict, variant: str) -> "Resize":
+    def draw(cls, rng: np.random.Generator, size: tuple[int, int], table: dict) -> "Resize":
         """From frames of `size` by a drawn scale, or to exactly `size` where the table has none."""
         if table["up_down_keep"]:
             mode = rng.choice(["up", "down", "keep"], p=table["up_down_keep"])
             scale = 1.0 if mode == "keep" else rng.uniform(*table[f"scale_{mode}"])
             size = tuple(max(2, 2 * int(side * scale / 2)) for side in size)
-        return cls(pick(rng, table["interpolations"]), size, variant == "dove")
+        return cls(pick(rng, table["interpolations"]), size)
 
     def apply(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         flags = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "bicubic": cv2.INTER_CUBIC}
         for frame in frames:
-            if not self.dove:
-                frame = frame.astype(np.float32, copy=False)  # 8-bit resizing would clip bicubic's overshoot
+            frame = frame.astype(np.float32, copy=False)  # 8-bit resizing would clip bicubic's overshoot
             yield cv2.resize(frame, self.size[::-1], interpolation=flags[self.interpolation])
 
 
@@ -217,13 +205,12 @@ class Noise(NamedTuple):
     strength: np.ndarray  # (t,) gaussian: sigma in grey levels; poisson: factor on the noise
     grey: bool
     seed: int  # of the fields
-    dove: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, t: int, table: dict, variant: str) -> "Noise":
+    def draw(cls, rng: np.random.Generator, t: int, table: dict) -> "Noise":
         kind = pick(rng, table["noises"])
-        strength, grey = table[kind].draw(rng, t, variant != "dove"), bool(rng.random() < table["grey_prob"])
-        return cls(kind, strength, grey, int(rng.integers(2**63)), variant == "dove")
+        strength, grey = table[kind].draw(rng, t), bool(rng.random() < table["grey_prob"])
+        return cls(kind, strength, grey, int(rng.integers(2**63)))
 
     def apply(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         generator = torch.Generator().manual_seed(self.seed)  # twice as fast as NumPy's
@@ -240,28 +227,22 @@ class Noise(NamedTuple):
         clean = to_8bit(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) if self.grey else frame)
         levels = np.count_nonzero(cv2.calcHist([clean.reshape(-1, 1)], [0], None, [256], [0, 256]))
         v = 2 ** ceil(log2(levels))
-        # DOVE applies Poisson's law to 0 to 255 instead of [0, 1], which makes the noise 16 times weaker.
-        variance_per_level = 1.0 / v if self.dove else 255.0 / max(v, MIN_LEVELS)
-        sigma = np.sqrt(np.arange(256, dtype=np.float32) * variance_per_level)
+        sigma = np.sqrt(np.arange(256, dtype=np.float32) * 255 / max(v, MIN_LEVELS))
         return cv2.LUT(clean, sigma).reshape(*frame.shape[:2], -1)
 
 
 class Jpeg(NamedTuple):
     quality: np.ndarray  # (t,) integers
-    dove: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, t: int, table: dict, variant: str) -> "Jpeg":
-        return cls(table["jpeg_quality"].draw(rng, t), variant == "dove")
+    def draw(cls, rng: np.random.Generator, t: int, table: dict) -> "Jpeg":
+        return cls(table["jpeg_quality"].draw(rng, t))
 
     def apply(self, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for frame, quality in zip(frames, self.quality.tolist(), strict=True):
-            # DOVE truncates instead of rounding, and takes red for blue.
-            rgb = np.clip(frame, 0, 255).astype(np.uint8) if self.dove else to_8bit(frame)
-            bgr = rgb if self.dove else cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
+            bgr = cv2.cvtColor(to_8bit(frame), cv2.COLOR_RGB2BGR)
             _, data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
-            bgr = cv2.imdecode(data, cv2.IMREAD_COLOR)
-            yield bgr if self.dove else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+            yield cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 class Codec(NamedTuple):
@@ -269,13 +250,11 @@ class Codec(NamedTuple):
 
     codec: str
     bitrate: int  # bits per frame
-    preset: str = X264_PRESET
-    dove: bool = False
 
     @classmethod
-    def draw(cls, rng: np.random.Generator, table: dict, variant: str, preset: str) -> "Codec | None":
+    def draw(cls, rng: np.random.Generator, table: dict) -> "Codec":
         bitrate, codec = int(rng.integers(*table["bitrate"], endpoint=True)), pick(rng, table["codecs"])
-        return cls(codec, bitrate, preset, variant == "dove") if variant != "image" else None
+        return cls(codec, bitrate)
 
     def encoder(self, h: int, w: int) -> av.VideoCodecContext:
         wanted = ENCODERS[self.codec]
@@ -292,7 +271,7 @@ class Codec(NamedTuple):
         encoder.flags |= Flags.global_header  # as in mp4: headers come apart and cost the first frame no bits
         if name == "libx264":
             # Choice: mbtree off (on in the reference), for with it x264 is not repeatable at many sizes.
-            encoder.options = {"preset": self.preset, "x264-params": "mbtree=0"}
+            encoder.options = {"x264-params": "mbtree=0"}
         encoder.open()
         return encoder
 
@@ -307,21 +286,15 @@ class Codec(NamedTuple):
         packets = (packet for image in chain(images, [None]) for packet in encoder.encode(image))
         for packet in chain(packets, [None]):  # None, here and above, asks for what is still held back
             for decoded in decoder.decode(packet):
-                yield self.from_video(decoded)[:h, :w]
+                yield cv2.cvtColor(decoded.to_ndarray(), cv2.COLOR_YUV2RGB_I420)[:h, :w]
 
     def to_video(self, frame: np.ndarray, pts: int) -> av.VideoFrame:
         h, w = frame.shape[:2]
         frame = cv2.copyMakeBorder(to_8bit(frame), 0, h % 2, 0, w % 2, cv2.BORDER_REFLECT)
-        if not self.dove:  # which leaves it to FFmpeg, and its textures get darker by about one grey level
-            frame = cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
-        image = av.VideoFrame.from_ndarray(frame, format="rgb24" if self.dove else "yuv420p")
+        # FFmpeg's own conversion, which the reference takes, darkens textures by about one grey level.
+        image = av.VideoFrame.from_ndarray(cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420), format="yuv420p")
         image.pts = pts
         return image
-
-    def from_video(self, decoded: av.VideoFrame) -> np.ndarray:
-        if self.dove:
-            return decoded.to_ndarray(format="rgb24").astype(np.float32)
-        return cv2.cvtColor(decoded.to_ndarray(), cv2.COLOR_YUV2RGB_I420)
 
 
 # -- the chain -----------------------------------------------------------------------------------------------
@@ -329,23 +302,18 @@ class Codec(NamedTuple):
 Step = Blur | Resize | Noise | Jpeg | Codec
 
 
-def draw_steps(
-    rng: np.random.Generator, t: int, h: int, w: int, variant="realbasicvsr", x264_preset=X264_PRESET
-) -> list[Step]:
-    """All that will happen to one clip of t frames of h w, in order."""
-    if variant not in VARIANTS:
-        raise UserError(f"unknown degradation {variant!r}; there are {', '.join(VARIANTS)}")
+def draw_steps(rng: np.random.Generator, t: int, h: int, w: int) -> list[Step]:
+    """All that will happen to one clip of t frames of h w, in order; a single frame passes no codec."""
 
     def order(table: dict, size: tuple[int, int]) -> list[Step | None]:
-        blur, resize = Blur.draw(rng, t, table, variant), Resize.draw(rng, size, table, variant)
-        noise, jpeg = Noise.draw(rng, t, table, variant), Jpeg.draw(rng, t, table, variant)
-        return [blur, resize, noise, jpeg, Codec.draw(rng, table, variant, x264_preset)]
+        blur, resize = Blur.draw(rng, t, table), Resize.draw(rng, size, table)
+        return [blur, resize, Noise.draw(rng, t, table), Jpeg.draw(rng, t, table), Codec.draw(rng, table)]
 
     order_1 = order(ORDER_1, (h, w))
     *order_2, codec = order(ORDER_2, order_1[1].size)
-    to_lr = [Resize.draw(rng, (h // SCALE, w // SCALE), FINAL, variant), Blur.draw(rng, t, FINAL, variant)]
+    to_lr = [Resize.draw(rng, (h // SCALE, w // SCALE), FINAL), Blur.draw(rng, t, FINAL)]
     shuffled = [codec, *to_lr] if rng.random() < CODEC_FIRST_PROB else [*to_lr, codec]
-    return [step for step in order_1 + order_2 + shuffled if step is not None]
+    return [step for step in order_1 + order_2 + shuffled if step and (t > 1 or not isinstance(step, Codec))]
 
 
 @contextmanager
@@ -359,65 +327,20 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def degrade(
-    clip: np.ndarray, rng: np.random.Generator, variant="realbasicvsr", sharpen=False, x264_preset=X264_PRESET
-) -> np.ndarray:
+def degrade(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """LR (t h/4 w/4 3) uint8 of an HR clip (t h w 3) uint8 RGB; a function of clip and generator state alone.
 
-    variant      "realbasicvsr"; "dove": its faults included; "image": for stills, without video codecs
-    sharpen      make LR from `unsharp(clip)`, as the reference does; train on that clip as HR then
-    x264_preset  "veryfast" saves a fifth of the time, at another balance of artefacts
-
-    Raises UserError for another shape, dtype or variant, and for sides that are no multiple of 4.
+    Raises UserError for another shape or dtype, and for sides that are no multiple of 4.
     """
     t, h, w = clip.shape[:3] if clip.ndim == 4 else (0, 0, 0)
     if clip.dtype != np.uint8 or not t * h * w or clip.shape[3] != 3 or h % SCALE or w % SCALE:
         got = f"{clip.shape} {clip.dtype}"
         raise UserError(f"degrade takes (t h w 3) uint8, h and w multiples of {SCALE}, not {got}; crop it")
     with one_thread():
-        frames = iter(unsharp(clip) if sharpen else clip)
-        for step in draw_steps(rng, t, h, w, variant, x264_preset):
+        frames = iter(clip)
+        for step in draw_steps(rng, t, h, w):
             frames = step.apply(frames)
-        # Choice: 8-bit for "dove" too, whose frames keep fractions where a resize came last; files cannot.
         return np.stack([to_8bit(frame) for frame in frames])
-
-
-def unsharp(clip: np.ndarray) -> np.ndarray:
-    """The reference's sharpened HR, (t h w 3) uint8 in and out: where a pixel differs from a blurred copy by
-    more than 10 grey levels, half the difference is added to it, through a soft mask."""
-
-    def sharpen(x: np.ndarray) -> np.ndarray:
-        residual = x - cv2.GaussianBlur(x, (51, 51), 8.0)
-        mask = cv2.GaussianBlur((np.abs(residual) > 10).astype(np.float32), (51, 51), 8.0)
-        return to_8bit(x + mask * (np.clip(x + 0.5 * residual, 0, 255) - x))
-
-    return np.stack([sharpen(frame.astype(np.float32)) for frame in clip])
-
-
-# -- a look at it --------------------------------------------------------------------------------------------
-
-PANEL, TITLE, COLUMNS = 320, 28, 4  # pixels, pixels, panels a row
-
-
-def picture_of_steps(clip: np.ndarray, steps: list[Step]) -> np.ndarray:
-    """The centre of the middle frame of clip (t h w 3) before and after every step, as one (h w 3) uint8."""
-    panels = np.full((ceil((1 + len(steps)) / COLUMNS) * COLUMNS, PANEL + TITLE, PANEL, 3), 255, np.uint8)
-
-    def watch(frames: Iterable[np.ndarray], panel: np.ndarray, title: str) -> Iterator[np.ndarray]:
-        for i, frame in enumerate(frames):
-            if i == len(clip) // 2:
-                (h, w), side = frame.shape[:2], min(frame.shape[:2]) // 2
-                centre = to_8bit(frame)[(h - side) // 2 :, (w - side) // 2 :][:side, :side]
-                panel[:PANEL] = cv2.resize(centre, (PANEL, PANEL), interpolation=cv2.INTER_NEAREST)
-                cv2.putText(panel, f"{title} {w}x{h}", (4, PANEL + 19), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 0)
-            yield frame
-
-    frames = watch(clip, panels[0], "HR")
-    for panel, step in zip(panels[1:], steps):
-        choices = [value for value in step if isinstance(value, str)]
-        frames = watch(step.apply(frames), panel, " ".join([type(step).__name__, *choices]))
-    list(frames)  # drains the chain
-    return rearrange(panels, "(row column) h w c -> (row h) (column w) c", column=COLUMNS)
 
 
 def main() -> None:
@@ -426,24 +349,16 @@ def main() -> None:
     parser.add_argument("-o", "--output", required=True, help="LR video, at a quarter of the size")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=100, help="of the clip at most")
-    parser.add_argument("--degradation", choices=VARIANTS, default="realbasicvsr")
-    parser.add_argument("--sharpen", action="store_true", help="make LR from unsharp-masked HR")
-    parser.add_argument("--show", metavar="PNG", help="picture of all steps on the middle frame")
     args = parser.parse_args()
     if args.seed < 0 or args.frames < 1:
         raise UserError(f"--seed {args.seed} --frames {args.frames}: seeds start at 0, frames at 1")
     with VideoReader(args.clip) as reader:
         h, w = reader.height // 8 * 8, reader.width // 8 * 8  # LR has even sides, as video needs
         clip = np.stack([frame.rgb[:h, :w] for frame in islice(reader, args.frames)])
-    lr = degrade(clip, np.random.default_rng(args.seed), args.degradation, args.sharpen)
+    lr = degrade(clip, np.random.default_rng(args.seed))
     with VideoWriter(args.output, w // SCALE, h // SCALE, reader.rate) as writer:
         for frame in lr:
             writer.write(frame)
-    if args.show:
-        steps = draw_steps(np.random.default_rng(args.seed), len(clip), h, w, args.degradation)
-        picture = picture_of_steps(unsharp(clip) if args.sharpen else clip, steps)
-        with VideoWriter(args.show, *picture.shape[1::-1], reader.rate) as writer:
-            writer.write(picture)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,10 @@ One frame of 128x128 on its way through the full-size network (c x h x w), time 
                  -> decoder tail (up blocks) -> sr 3x512x512
 
 There is no noise, no time step, no text and no cross-attention: one pass, the output is the picture.
-Every spatial layer sees frames one by one, "(b t) c h w"; only `TemporalConv` looks at neighbours in time.
-That makes a video of any length one stream of chunks: see `Memory`, the only place that knows about chunks.
+A clip stays (b t c h w) from end to end. Spatial layers see its frames one by one (`per_frame`); only
+`TemporalConv` looks at neighbours in time. `stream.py` takes clips of any length through it, in chunks.
 """
 
-import sys
-from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -24,7 +22,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from runtime import UserError
+from runtime import UserError, explained
 
 SCALE = 4  # output size over input size
 UNSHUFFLE = 2  # pixel-unshuffle factor: the UNet works at half the LR size          AdcSR Sec. 3.2
@@ -70,104 +68,88 @@ def kept(channels: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------
-# Time: what a stream remembers, the temporal convolution, the temporal residual block
+# Clips and their frames: in memory always "b t h w c", so that a view is all that lies between the two
 
 
-class Memory:
-    """What a stream remembers between two chunks. Never changed in place: every chunk makes its own.
+def channels_last(x: Tensor) -> Tensor:
+    """Pictures (n h w c) -> (n c h w), dense in channels-last memory: a view where x is contiguous.
 
-    A convolution over time gives frame i once it has frame i+1, so it holds one frame back, and whatever
-    ran ahead of it, a residual or a UNet skip, waits in a queue. Nothing is computed twice:
-
-        chunks in          0 1 2 3 | 4 5 6 7 | end
-        after one conv     0 1 2   | 3 4 5 6 | 7
-        after two          0 1     | 2 3 4 5 | 6 7     + residual, which waits: 0 1 | 2 3 4 5 | 6 7
-
-    Zeros stand beyond the clip's own two ends, at each convolution's own input. A whole clip is the stream of
-    one chunk that is the first and the last: nothing is held, nothing waits.
-
-    batch: clips b; past: what the chunk before held; closing: which convolutions, counted in their order in
-    the network, learn in this chunk that their input has ended.
+    From one flat axis, `view` makes every stride anew. The stride of an axis of size 1 may be anything, and
+    for a batch of one it is often one with which PyTorch takes the picture for another layout and copies it.
     """
+    return x.flatten().view(x.shape).permute(0, 3, 1, 2)
 
-    def __init__(self, batch: int, past: dict | None = None, closing: range = range(sys.maxsize)):
-        self.batch, self.past, self.closing = batch, past or {}, closing
-        self.held: dict = {}  # becomes the next chunk's past
-        self.convs = 0  # temporal convolutions met so far in this chunk
-        self.whole_clip = not self.past and closing == range(sys.maxsize)
 
-    def with_neighbours(self, conv: nn.Module, x: Tensor) -> Tensor:
-        """x (b c t n) -> (b c t' n): the two frames before it in front, a zero frame at the clip's ends."""
-        ends = self.convs in self.closing
-        self.convs += 1
-        x = F.pad(x, (0, 0, conv not in self.past, ends))
-        if conv in self.past:
-            x = torch.cat([self.past[conv], x], dim=2)
-        if not ends:
-            self.held[conv] = x[:, :, -2:].clone()
-        return x
+def frames(clip: Tensor) -> Tensor:
+    """(b t c h w) -> (b*t c h w), channels-last."""
+    return channels_last(rearrange(clip, "b t c h w -> (b t) h w c"))
 
-    def wait(self, key, early: Tensor, t: int) -> Tensor:
-        """The next t frames of a branch that ran ahead: early (b*t' c h w) -> (b*t c h w)."""
-        early = rearrange(early, "(b t) c h w -> b t c h w", b=self.batch)
-        if key in self.past:
-            early = torch.cat([self.past[key], early], dim=1)
-        if early.shape[1] > t:
-            self.held[key] = early[:, t:].clone()
-        return rearrange(early[:, :t], "b t c h w -> (b t) c h w")
 
-    def nbytes(self) -> int:
-        """Bytes that the queues hold between two chunks."""
-        return sum(x.numel() * x.element_size() for x in self.held.values())
+def per_frame(layer, *clips: Tensor) -> Tensor:
+    """A layer of pictures on every frame of a clip (or of several): (b t c h w) -> (b t c' h' w')."""
+    return layer(*map(frames, clips)).unflatten(0, clips[0].shape[:2])
+
+
+def concatenate(*pictures: Tensor) -> Tensor:
+    return torch.cat(pictures, dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Time: the temporal convolution, the temporal residual block
 
 
 class TemporalConv(nn.Conv1d):
-    """1D convolution along time, kernel 3, at every pixel: x (b*t c h w) -> (b*t' c h w). Paper: Sec. 3.2.
+    """1D convolution along time, kernel 3, at every pixel: x (b t c h w) -> the same shape. Paper: Sec. 3.2.
 
-    t' = t for a whole clip; in a stream it lags by one frame (`Memory`).
+    Choice: zeros stand beyond the clip's two ends. While a chunk of a stream is inside, what comes out lags
+    by one frame: see `stream.py`.
     """
+
+    stream = None
 
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        # As a 2D convolution over a picture of t rows and h*w columns: the same numbers, no transposed copy.
-        x = memory.with_neighbours(self, rearrange(x, "(b t) c h w -> b c t (h w)", b=memory.batch))
-        if x.shape[2] < 3:
-            x = x[:, :, :0]  # no frame has both neighbours yet
-        else:
-            x = F.conv2d(x, self.weight[..., None], self.bias)
-        return rearrange(x, "b c t (h w) -> (b t) c h w", h=h, w=w)
+        # As a 2D convolution over a picture of t rows and h*w columns: the same numbers, and no copy.
+        rows, padding = rearrange(x, "b t c h w -> b t (h w) c"), (1, 0)
+        if self.stream:
+            rows, padding = self.stream.with_neighbours(self, rows), (0, 0)
+            if rows.shape[1] < 3:
+                return x[:, :0]  # no frame has both neighbours yet
+        y = F.conv2d(channels_last(rows), self.weight[..., None], self.bias, padding=padding)
+        return rearrange(y, "b c t (h w) -> b t c h w", h=h, w=w)
+
+
+class Delay(nn.Module):
+    """Where a branch that ran ahead meets one that looked along time and has t frames.
+
+    A whole clip passes. In a stream the branch waits for the later one: see `stream.py`.
+    """
+
+    stream = None
+
+    def forward(self, early: Tensor, t: int) -> Tensor:
+        return self.stream.wait(self, early, t) if self.stream else early
 
 
 class TemporalBlock(nn.Module):
-    """Temporal residual block: x + conv(ReLU(conv(x))) along time; x (b*t c h w). Paper: Sec. 3.2.
+    """Temporal residual block: x + conv(ReLU(conv(x))) along time; x (b t c h w). Paper: Sec. 3.2.
 
     Starts as the identity, so that the augmented network starts as the 2D one.
     """
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv1, self.conv2 = TemporalConv(channels), TemporalConv(channels)
+        self.conv1, self.conv2, self.delay = TemporalConv(channels), TemporalConv(channels), Delay()
         # Choice: only the last convolution starts at zero. Zeroing both kills every gradient but its bias's.
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        y = self.conv2(F.relu(self.conv1(x, memory)), memory)
-        return memory.wait(self, x, y.shape[0] // memory.batch) + y
-
-
-class DoubleTemporalBlock(nn.Module):
-    """Two temporal residual blocks, one after the other. Paper: Table 5, "Temp. Conv. Doubled"."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first, self.second = TemporalBlock(channels), TemporalBlock(channels)
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return self.second(self.first(x, memory), memory)
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.conv1(x)))
+        return self.delay(x, y.shape[1]) + y
 
 
 class TemporalAttention(nn.Module):
@@ -180,28 +162,39 @@ class TemporalAttention(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(channels)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
-        self.heads = next(n for n in (8, 4, 2, 1) if channels % n == 0)  # Choice: eight, as in video UNets
+        # Choice: eight heads, as in video UNets, or as many as leave each an even width, for `rotary`.
+        self.heads = next(n for n in (8, 4, 2, 1) if channels % (2 * n) == 0)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        if not memory.whole_clip:
-            raise UserError("temporal attention sees the whole clip and cannot stream: infer.py --window 25")
+    def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        y = self.qkv(self.norm(rearrange(x, "(b t) c h w -> (b h w) t c", b=memory.batch)))
+        y = self.qkv(self.norm(rearrange(x, "b t c h w -> (b h w) t c")))
         q, k, v = rearrange(y, "n t (three m d) -> three n m t d", three=3, m=self.heads)
-        y = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "n m t d -> n t (m d)"))
-        return x + rearrange(y, "(b h w) t c -> (b t) c h w", h=h, w=w)
+        y = F.scaled_dot_product_attention(rotary(q), rotary(k), v)
+        y = self.out(rearrange(y, "n m t d -> n t (m d)"))
+        return x + rearrange(y, "(b h w) t c -> b t c h w", h=h, w=w)
 
 
-TEMPORAL_KINDS = {"conv": TemporalBlock, "double": DoubleTemporalBlock, "attention": TemporalAttention}
+def rotary(x: Tensor) -> Tensor:
+    """x (... t d), each pair of its features turned by an angle that grows with the frame's index.
+
+    Then products of queries and keys know how many frames lie between the two, whatever the clip's length.
+    Choice: the paper says nothing about positions; these are RoFormer's, with its base of 10,000.
+    """
+    t, d = x.shape[-2:]
+    index, pair = (torch.arange(n, device=x.device, dtype=torch.float64) for n in (t, d // 2))
+    angle = index[:, None] * 10_000 ** (-2 * pair / d)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
-class NoTemporalBlock(nn.Module):
-    """Stands where the chosen placement has no temporal block."""
-
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return x
+TEMPORAL_KINDS = {
+    "conv": TemporalBlock,
+    "double": lambda channels: nn.Sequential(TemporalBlock(channels), TemporalBlock(channels)),  # Table 5
+    "attention": TemporalAttention,
+}
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -353,8 +346,7 @@ class UNetBlock(nn.Module):
         c_out, temporal = widths[-1][1], config["temporal"]
 
         def temporal_block(placement: str) -> nn.Module:
-            block = TEMPORAL_KINDS[config["temporal_kind"]]
-            return block(c_out) if temporal == placement else NoTemporalBlock()
+            return TEMPORAL_KINDS[config["temporal_kind"]](c_out) if temporal == placement else nn.Identity()
 
         self.resnets = nn.ModuleList(ResnetBlock(a, b, config) for a, b in widths)
         self.attentions = nn.ModuleList(TransformerBlock(c_out, heads, config) for _ in range(attentions))
@@ -362,11 +354,11 @@ class UNetBlock(nn.Module):
         self.temporal_attentions = nn.ModuleList(temporal_block("layer") for _ in self.attentions)
         self.temporal_end = temporal_block("block")
 
-    def layer(self, i: int, x: Tensor, memory: Memory) -> Tensor:
+    def layer(self, i: int, x: Tensor) -> Tensor:
         """Resnet i and, where there is one, transformer i, each followed by its temporal block."""
-        x = self.temporal_resnets[i](self.resnets[i](x), memory)
+        x = self.temporal_resnets[i](per_frame(self.resnets[i], x))
         if i < len(self.attentions):
-            x = self.temporal_attentions[i](self.attentions[i](x), memory)
+            x = self.temporal_attentions[i](per_frame(self.attentions[i], x))
         return x
 
 
@@ -375,45 +367,46 @@ class DownBlock(UNetBlock):
         super().__init__([(c_in, c_out)] + [(c_out, c_out)] * (layers - 1), layers * attention, heads, config)
         self.downsamplers = nn.ModuleList([Downsample(c_out)] if downsample else [])
 
-    def forward(self, x: Tensor, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for i in range(len(self.resnets)):
-            x = self.layer(i, x, memory)
+            x = self.layer(i, x)
             skips.append(x)
         for down in self.downsamplers:
-            x = down(x)
+            x = per_frame(down, x)
             skips.append(x)
-        return self.temporal_end(x, memory), skips  # "block": the skips bypass the temporal block
+        return self.temporal_end(x), skips  # "block": the skips bypass the temporal block
 
 
 class MidBlock(UNetBlock):
     def __init__(self, channels, heads, config):
         super().__init__([(channels, channels)] * 2, 1, heads, config)
 
-    def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        return self.temporal_end(self.layer(1, self.layer(0, x, memory), memory), memory)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.temporal_end(self.layer(1, self.layer(0, x)))
 
 
 class UpBlock(UNetBlock):
     def __init__(self, c_in, c_skips, c_out, attention, heads, upsample, config):
         widths = [(a + skip, c_out) for a, skip in zip([c_in] + [c_out] * (len(c_skips) - 1), c_skips)]
         super().__init__(widths, len(widths) * attention, heads, config)
+        self.delays = nn.ModuleList(Delay() for _ in widths)
         self.upsamplers = nn.ModuleList([Upsample(c_out)] if upsample else [])
 
-    def forward(self, x: Tensor, skips: list[Tensor], memory: Memory) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor]) -> Tensor:
         """skips: one for each resnet, in the order in which the down path made them; the last goes first."""
         for i, skip in enumerate(reversed(skips)):
-            skip = memory.wait((self, i), skip, x.shape[0] // memory.batch)
-            x = self.layer(i, torch.cat([x, skip], dim=1), memory)
+            x = per_frame(concatenate, x, self.delays[i](skip, x.shape[1]))
+            x = self.layer(i, x)
         for up in self.upsamplers:
-            x = up(x)
-        return self.temporal_end(x, memory)
+            x = per_frame(up, x)
+        return self.temporal_end(x)
 
 
 class UNet(nn.Module):
     """SD2.1's UNet without 25 % of its channels, time embedding and cross-attention, plus temporal blocks.
 
-    forward: x (b*t 12 h/2 w/2) -> (b*t' c h/2 w/2), c = the decoder's inner width; t' as in `Memory`.
+    forward: x (b t 12 h/2 w/2) -> (b t c h/2 w/2), c = the decoder's inner width.
     The UNet's end takes the place of the decoder's first convolution, so no 4-channel latent stands between.
     """
 
@@ -441,17 +434,21 @@ class UNet(nn.Module):
         self.conv_norm_out = group_norm(c, config, eps=1e-5)
         self.conv_out = nn.Conv2d(c, config["decoder_channels"][-1], 3, padding=1)
 
-    def forward(self, x: Tensor, memory: Memory, conv_in: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, conv_in: nn.Module | None = None) -> Tensor:
         """conv_in: another first layer for another kind of input (the feature discriminator has its own)."""
-        x = (conv_in or self.conv_in)(x)
+        x = per_frame(conv_in or self.conv_in, x)
         skips = [x]
         for block in self.down_blocks:
-            x, new_skips = maybe_checkpoint(self.checkpointing, block, x, memory)
+            x, new_skips = maybe_checkpoint(self.checkpointing, block, x)
             skips += new_skips
-        x = maybe_checkpoint(self.checkpointing, self.mid_block, x, memory)
+        x = maybe_checkpoint(self.checkpointing, self.mid_block, x)
         for block in self.up_blocks:
             skips, own = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-            x = maybe_checkpoint(self.checkpointing, block, x, own, memory)
+            x = maybe_checkpoint(self.checkpointing, block, x, own)
+        return per_frame(self.out, x)
+
+    def out(self, x: Tensor) -> Tensor:
+        """x (n c h/2 w/2) of SD's first width -> of the decoder's."""
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -544,12 +541,13 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         super().__init__()
         # Choice: "after each UNet block" reads both ways; "layer" is what gives the paper's 0.57 B.
         if temporal not in ("layer", "block", "none"):
-            raise UserError(f"temporal {temporal}: give layer, block or none")
+            raise ValueError(f"temporal {temporal}: give layer, block or none")
         if temporal_kind not in TEMPORAL_KINDS:
-            raise UserError(f"temporal_kind {temporal_kind}: give {', '.join(TEMPORAL_KINDS)}")
+            raise ValueError(f"temporal_kind {temporal_kind}: give {', '.join(TEMPORAL_KINDS)}")
         self.pixel_skip = pixel_skip
         self.unet = UNet(self.config)
         self.decoder = HalfDecoder(self.config)
+        self.delay = Delay()  # of the input, which the result is added to
         if pixel_skip:  # Choice: the untrained network is the bicubic x4.
             nn.init.zeros_(self.decoder.conv_out.weight)
             nn.init.zeros_(self.decoder.conv_out.bias)
@@ -559,98 +557,35 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
 
         With return_features also f_S (b t c h/2 w/2), the decoder mid block's output, at the padded size.
         """
-        b, _, _, h, w = lr.shape
-        features, skip = self.encode(lr, Memory(batch=b))
-        sr = torch.cat(list(self.decode(features, skip)))
-        sr = rearrange(sr, "(b t) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
-        return (sr, rearrange(features, "(b t) c h w -> b t c h w", b=b)) if return_features else sr
+        h, w = lr.shape[-2:]
+        features, padded = self.encode(lr)
+        sr = self.decode(features, padded)[..., : SCALE * h, : SCALE * w]
+        return (sr, features) if return_features else sr
 
-    @torch.no_grad()
-    def stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A clip of any length: chunks (b t_i 3 h w) -> results (b t_j 3 4h 4w), both iterators, in order.
+    def encode(self, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """lr (b t 3 h w) -> f_S (b t c h/2 w/2) and the frames (b t 3 h w) it belongs to, both padded."""
+        x = pad_to_multiple(lr.flatten(0, 1), self.MULTIPLE).unflatten(0, lr.shape[:2])
+        y = rearrange(x, "b t c (h p) (w q) -> b t h w (c p q)", p=UNSHUFFLE, q=UNSHUFFLE)
+        y = rearrange(y, "b t h w c -> b t c h w").to(self.unet.conv_in.weight.dtype)
+        y = self.unet(y)
+        features = maybe_checkpoint(self.unet.checkpointing, per_frame, self.decoder.mid_block, y)
+        return features, self.delay(x, y.shape[1])
 
-        Equal to `forward` of the whole clip, whatever the chunks; memory does not grow with its length.
-        The first result comes once `lag` + 1 frames are in; at the end the frames still inside flow out.
-        What does not fit into GPU memory is halved and tried again, chunks as well as the tail's groups of
-        frames; a single frame that does not fit raises torch.OutOfMemoryError.
-        """
-        past, chunk = None, None
-        for chunk in chunks:
-            pieces = [chunk]
-            while pieces:
-                memory = Memory(chunk.shape[0], past, closing=range(0))
-                try:
-                    ready = self.encode(pieces[0], memory)
-                except torch.OutOfMemoryError:
-                    if pieces[0].shape[1] == 1:
-                        raise
-                    pieces[:1] = pieces[0].chunk(2, dim=1)  # the memory of the chunk before is untouched
-                    continue
-                pieces, past = pieces[1:], memory.held
-                yield from self.finish(*ready, chunk.shape)
-        if chunk is None:
-            return
-        # The clip has ended. Convolutions learn it in their order, as many at a time as a chunk has frames,
-        # so that what flows out comes in pieces no larger than a chunk.
-        start, size = 0, max(1, chunk.shape[1])
-        while start < self.lag:
-            memory = Memory(chunk.shape[0], past, closing=range(start, start + size))
-            try:
-                ready = self.encode(chunk[:, :0], memory)
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size //= 2
-                continue
-            start, past = start + size, memory.held
-            yield from self.finish(*ready, chunk.shape)
+    def decode(self, features: Tensor, lr: Tensor) -> Tensor:
+        """f_S (b t c h/2 w/2) and its frames (b t 3 h w) -> sr (b t 3 4h 4w), `TAIL_FRAMES` at a time."""
+        parts = zip(frames(features).split(self.TAIL_FRAMES), lr.flatten(0, 1).split(self.TAIL_FRAMES))
+        sr = [maybe_checkpoint(self.unet.checkpointing, self.tail, *part) for part in parts]
+        return torch.cat(sr).unflatten(0, lr.shape[:2])
+
+    def tail(self, features: Tensor, lr: Tensor) -> Tensor:
+        """f_S (n c h/2 w/2), lr (n 3 h w) -> sr (n 3 4h 4w)."""
+        sr = self.decoder.tail(features).to(lr.dtype)
+        return sr + bicubic(lr) if self.pixel_skip else sr
 
     @property
     def lag(self) -> int:
         """Frames that a stream holds back: one for each temporal convolution, all on one path."""
         return sum(isinstance(m, TemporalConv) for m in self.unet.modules())
-
-    def queue_bytes(self, h: int, w: int) -> int:
-        """Bytes that a stream of (h, w) frames keeps between two chunks, in this network's dtype."""
-        with torch.device("meta"):
-            twin = AdcVSR(**self.config).to(self.unet.conv_in.weight.dtype)
-            memory = Memory(1, closing=range(0))
-            twin.encode(torch.empty(1, self.lag + 2, 3, h, w), memory)
-        return memory.nbytes()
-
-    def encode(self, lr: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """lr (b t 3 h w) -> features (b*t' c h/2 w/2) and the padded frames (b*t' 3 h w) they belong to."""
-        x = pad_to_multiple(rearrange(lr, "b t c h w -> (b t) c h w"), self.MULTIPLE)
-        y = rearrange(x, "n c (h p) (w q) -> n (c p q) h w", p=UNSHUFFLE, q=UNSHUFFLE)
-        y = self.unet(y.to(self.unet.conv_in.weight.dtype), memory).contiguous()
-        features = maybe_checkpoint(self.unet.checkpointing, self.decoder.mid_block, y)
-        return features, memory.wait("lr", x, y.shape[0] // memory.batch)
-
-    def decode(self, features: Tensor, lr: Tensor) -> Iterator[Tensor]:
-        """features (n c h/2 w/2), lr (n 3 h w) -> sr (n 3 4h 4w), `TAIL_FRAMES` frames at a time."""
-        for f, x in zip(features.split(self.TAIL_FRAMES), lr.split(self.TAIL_FRAMES)):
-            sr = maybe_checkpoint(self.unet.checkpointing, self.decoder.tail, f).to(x.dtype)
-            if self.pixel_skip:
-                sr = sr + F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")
-            yield sr
-
-    def finish(self, features: Tensor, lr: Tensor, shape: torch.Size) -> Iterator[Tensor]:
-        """What `encode` made ready, for clips of `shape` (b _ _ h w) -> (b t_j 3 4h 4w), piece by piece."""
-        b, _, _, h, w = shape
-        # Time in front, so that each piece holds whole frames of all clips.
-        features, lr = (rearrange(x, "(b t) c h w -> t b c h w", b=b) for x in (features, lr))
-        start, size = 0, self.TAIL_FRAMES
-        while start < len(features):
-            f, x = (y[start : start + size].flatten(0, 1) for y in (features, lr))
-            try:
-                sr = torch.cat(list(self.decode(f, x)))
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size //= 2
-                continue
-            start += size
-            yield rearrange(sr, "(t b) c h w -> b t c h w", b=b)[..., : SCALE * h, : SCALE * w]
 
     def compile_blocks(self) -> None:
         """torch.compile for every resnet and transformer block; what looks along time stays as it is."""
@@ -664,9 +599,7 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
     # Weights from elsewhere
 
     @classmethod
-    def from_adcsr(
-        cls, net_params: str | Path, half_decoder: str | Path, trust_pickle: bool = False, **config
-    ):
+    def from_adcsr(cls, net_params: str | Path, half_decoder: str | Path, **config):
         """The student from AdcSR's official `net_params_200.pkl` (UNet, mid block) and `halfDecoder.ckpt`.
 
         Both are checked key by key. Temporal blocks, if any, start as the identity. Raises `WeightsError`.
@@ -674,52 +607,25 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         net = cls(**{**PRESETS["full"], **config})
         own = {k: v for k, v in net.state_dict().items() if ".temporal_" not in k}
 
-        state = {k.removeprefix("module."): v for k, v in read_pickle(net_params, trust_pickle).items()}
+        state = {k.removeprefix("module."): v for k, v in read_pickle(net_params).items()}
         state = {k: v for k, v in state.items() if not k.startswith("body.1.body.")}  # aliases of the others
         names = {"unet.": "body.1.", "decoder.mid_block.": "body.2."}
         theirs = {a + k.removeprefix(o): k for o, a in names.items() for k in own if k.startswith(o)}
-        check(net_params, state, {k: own[ours].shape for k, ours in theirs.items()})
+        require_shapes(net_params, state, {k: own[ours].shape for k, ours in theirs.items()})
 
         # The mid block is net_params', which trained it; halfDecoder.ckpt has the frozen original.
-        tail = read_half_decoder(half_decoder, net.decoder, trust_pickle)
+        tail = read_half_decoder(half_decoder, net.decoder)
         tail = {f"decoder.{k}": v for k, v in tail.items() if f"decoder.{k}" in own}
         net.load_state_dict(net.state_dict() | tail | {ours: state[k] for k, ours in theirs.items()})
         return net
 
     @classmethod
-    def from_sd(cls, unet: nn.Module, vae: nn.Module, **config):
-        """The pruned start from SD2.1: the first channels of everything, by AdcSR's rule.
-
-        unet, vae: diffusers' `UNet2DConditionModel`, `AutoencoderKL`, left unchanged. Raises `WeightsError`.
-        """
-        net = cls(**{**PRESETS["full"], **config})
-        source = {f"unet.{k}": v for k, v in unet.state_dict().items()}
-        source |= {k: v for k, v in vae.state_dict().items() if k.startswith("decoder.")}
-        # SD2.1's 4 latent channels are repeated: conv_in sees 16 (12 kept), conv_out makes 342 (256 kept).
-        for key, axis in ("unet.conv_in.weight", 1), ("unet.conv_out.weight", 0), ("unet.conv_out.bias", 0):
-            n = net.get_parameter(key).shape[axis]
-            source[key] = torch.cat([source[key]] * -(-n // source[key].shape[axis]), dim=axis)
-        for key, own in net.state_dict().items():
-            if ".temporal_" in key or (net.pixel_skip and key.startswith("decoder.conv_out")):
-                continue
-            shape = source[key].shape if key in source else ()
-            if len(shape) != own.ndim or any(n < m for n, m in zip(shape, own.shape)):
-                raise WeightsError(
-                    f"{key} is missing or too small. Give Stable Diffusion 2.1's unet and vae."
-                )
-            own.copy_(source[key][tuple(slice(n) for n in own.shape)])
-        return net
-
-    @classmethod
     def from_pretrained(cls, folder_or_id: str | Path, **options):
         """The Hub mixin's loader, strict, with every failure in one line (`WeightsError`)."""
-        try:
+        way_out = "Give a folder with config.json and model.safetensors, or a hub id."
+        with explained(f"{folder_or_id}: cannot load AdcVSR weights", way_out, WeightsError):
             with redirect_stdout(StringIO()):  # the mixin prints where it reads from
                 return super().from_pretrained(folder_or_id, **{**options, "strict": True})
-        except Exception as error:  # missing, damaged, of another network, unreachable: many kinds
-            reason = " ".join(str(error).split())[:200]
-            way_out = "Give a folder with config.json and model.safetensors, or a hub id."
-            raise WeightsError(f"{folder_or_id}: cannot load AdcVSR weights ({reason}). {way_out}") from error
 
 
 def maybe_checkpoint(on: bool, function, *args):
@@ -727,6 +633,11 @@ def maybe_checkpoint(on: bool, function, *args):
     if on and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
+
+
+def bicubic(x: Tensor) -> Tensor:
+    """Frames (n 3 h w) -> (n 3 4h 4w)."""
+    return F.interpolate(x, scale_factor=float(SCALE), mode="bicubic")
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
@@ -744,48 +655,50 @@ class PassedOver:
     NAMES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
 
 
-def read_pickle(path: str | Path, trust: bool) -> dict:
-    """A PyTorch pickle; without `trust` nothing in it is executed. Raises `WeightsError`."""
+# What to do with a file that holds Python objects, which run when they are read: keep its tensors alone.
+TENSORS_ALONE = (
+    """python -c "import sys, torch; f = sys.argv[1]; s = torch.load(f, 'cpu', weights_only=False); """
+    """torch.save(s.get('state_dict', s), f)" """
+)
+
+
+def read_pickle(path: str | Path) -> dict:
+    """A PyTorch pickle, of which nothing is executed. Raises `WeightsError`."""
     try:
         with torch.serialization.safe_globals([(PassedOver, name) for name in PassedOver.NAMES]):
-            state = torch.load(path, map_location="cpu", weights_only=not trust)
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such file. AdcSR's repository says where to download it.") from error
-    except ModuleNotFoundError as error:
-        raise WeightsError(f"{path}: holds an object of {error.name}; pip install {error.name}") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can fail in any way
-        if "Unsupported global" in str(error):
-            way_out = "If you trust its source, add --trust-pickle."
-            raise WeightsError(f"{path}: holds Python objects beside tensors. {way_out}") from error
-        raise WeightsError(f"{path}: not a PyTorch checkpoint. Is the download complete?") from error
+        fault = "not a PyTorch checkpoint. Is the download complete?"
+        if isinstance(error, FileNotFoundError):
+            fault = "no such file. AdcSR's repository says where to download it."
+        elif "Unsupported global" in str(error):
+            fault = f"holds Python objects beside tensors. If you trust its source: {TENSORS_ALONE}{path}"
+        raise WeightsError(f"{path}: {fault}") from error
     if not isinstance(state, dict):
         raise WeightsError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights.")
     return state
 
 
-def read_half_decoder(path: str | Path, decoder: HalfDecoder, trust: bool) -> dict[str, Tensor]:
+def read_half_decoder(path: str | Path, decoder: HalfDecoder) -> dict[str, Tensor]:
     """AdcSR's `halfDecoder.ckpt`, checked against `decoder`: its weights, and those of the first convolution,
     which it does not have. Raises `WeightsError`."""
-    state = read_pickle(path, trust)
+    state = read_pickle(path)
     state = {k: v for k, v in state.get("state_dict", state).items() if k.startswith("decoder.")}
     width = decoder.mid_block.resnets[0].conv1.in_channels
     shapes = {"conv_in.weight": (width, LATENTS, 3, 3), "conv_in.bias": (width,)}
     shapes |= {k: v.shape for k, v in decoder.state_dict().items()}
-    check(path, state, {f"decoder.{k}": shape for k, shape in shapes.items()})
+    require_shapes(path, state, {f"decoder.{k}": shape for k, shape in shapes.items()})
     return {k.removeprefix("decoder."): v for k, v in state.items()}
 
 
-def check(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+def require_shapes(path: str | Path, state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises `WeightsError`, one line, unless state has exactly the keys of `shapes`, of these shapes."""
-    wrong = [k for k in state.keys() & shapes.keys() if tuple(state[k].shape) != tuple(shapes[k])]
-    wrong = [f"{k} {tuple(state[k].shape)}, expected {tuple(shapes[k])}" for k in sorted(wrong)]
-    faults = {
-        "missing": sorted(shapes.keys() - state.keys()),
-        "unknown": sorted(state.keys() - shapes.keys()),
-    }
-    faults = {name: keys for name, keys in (faults | {"of the wrong shape": wrong}).items() if keys}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    faults = [
+        f"{k} is {found.get(k, 'missing')}, expected {tuple(shapes[k]) if k in shapes else 'none'}"
+        for k in sorted(found.keys() | shapes.keys())
+        if found.get(k) != shapes.get(k)
+    ]
     if faults:
-        named = "; ".join(
-            f"{len(v)} keys {k} ({', '.join(v[:3])}{', ...' * (len(v) > 3)})" for k, v in faults.items()
-        )
-        raise WeightsError(f"{path}: {named}. Is this AdcSR's official file?")
+        more = f" and {len(faults) - 3} more" * (len(faults) > 3)
+        raise WeightsError(f"{path}: {'; '.join(faults[:3])}{more}. Is this AdcSR's official file?")

@@ -1,11 +1,12 @@
 """Plumbing that every script shares and that has nothing to do with the paper.
 
-Process group, seeds, flags from a dataclass, checkpoints, log, errors in one line.
+Errors in one line, files, processes, settings, and what surrounds the steps of a training (`Run`).
 Admission test: a line that mentions a frame, a latent, a label or a loss belongs in another file.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -14,15 +15,20 @@ import shutil
 import signal
 import sys
 import time
-import types
-import typing
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import tyro
+from filelock import FileLock
 from safetensors import SafetensorError
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 # ------------------------------------------------------------------------------------------------------
 # Errors
@@ -30,6 +36,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 class UserError(ValueError):
     """Something the user can mend; its message is the one line that is shown: what is wrong, what to do."""
+
+
+@contextmanager
+def explained(
+    what: str, way_out: str, kind: type[UserError] = UserError, causes: type[Exception] | tuple = Exception
+) -> Iterator[None]:
+    """Whatever of `causes` fails inside becomes one line: `what (the reason). way_out`, raised as `kind`."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise  # explained already, or somebody's to retry
+    except causes as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{what} ({reason[:200]}). {way_out}") from error
 
 
 def run(main: Callable[[], None]) -> None:
@@ -43,6 +63,74 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Files and threads
+
+
+@contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """A place for a file or a folder that becomes `path` once the block has ended well: nobody ever sees half
+    of it, not even after a power cut. Raises OSError where it cannot be written."""
+    # As short as it is, it fits wherever the final name does; it is the same after a kill, and found again.
+    partial = path.with_name(f".partial-{hashlib.sha256(path.name.encode()).hexdigest()[:8]}{path.suffix}")
+    try:
+        remove(partial)
+        yield partial
+        for file in partial.rglob("*") if partial.is_dir() else [partial]:
+            if file.is_file():
+                with open(file, "r+b") as handle:  # Windows syncs only what is open for writing
+                    os.fsync(handle.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def ahead(items: Iterable, depth: int = 2) -> Iterator:
+    """The same items in the same order, made by a thread of their own, up to `depth` ahead.
+
+    An error in the thread is raised here, at its place. Whoever stops early waits for the item in the making.
+    """
+    items, end, waiting = iter(items), object(), deque()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            for _ in range(depth):
+                waiting.append(thread.submit(next, items, end))
+            while (item := waiting.popleft().result()) is not end:
+                waiting.append(thread.submit(next, items, end))
+                yield item
+        finally:
+            for future in waiting:
+                future.cancel()
+            if hasattr(items, "close"):
+                thread.submit(items.close).result()
+
+
+# ------------------------------------------------------------------------------------------------------
+# Networks that never learn
+
+
+def freeze(net: nn.Module) -> nn.Module:
+    """net, in place, with buffers for parameters: no `requires_grad_` and no optimiser reaches its weights.
+
+    The buffers are not persistent: checkpoints leave out what never changes.
+    """
+    for module in net.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, weight.detach(), persistent=False)
+    return net.eval()
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -73,7 +161,21 @@ class World:
         """Whether the flag is set in any process."""
         return self.mean({"flag": float(flag)})["flag"] > 0
 
-    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def same(self, number: int) -> bool:
+        """Whether all processes say the same number."""
+        if self.size == 1:
+            return True
+        high = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        return bool(high[0] == -high[1])
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Fills the tensors of every process with those of the first."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces each gradient by its mean over all processes. Said once a step, after every backward pass,
         where DistributedDataParallel would have to be told which of several passes is the last."""
         if self.size > 1:
@@ -105,32 +207,49 @@ def init_world() -> World:
 
 
 # ------------------------------------------------------------------------------------------------------
-# Flags
+# Settings
 
 
-def parse_config(presets: dict[str, typing.Any], description: str | None, argv: list[str] | None = None):
-    """A configuration from the command line: `--preset NAME`, then a flag for every field of the dataclass.
+# fmt: off
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of any training run. None of them but the seed changes what is learnt."""
 
-    The default preset is the first. A field's help text is in its metadata (see `setting`).
+    out: str = "runs"           # folder of checkpoints, log and pictures
+    steps: int = 200_000        # optimiser steps                                     Paper: Sec. 4.1
+    every: int = 1000           # steps between checkpoints and looks at held-out clips, 100 lines of the log
+    seed: int = 0               # of the initial weights, of the data and of every random draw
+    checkpointing: bool = True  # recompute activations in the backward pass to save memory
+    workers: int = 8            # processes that load data, for each training process
+    dry_run: bool = False       # do three steps, say what training costs, and leave nothing behind
+# fmt: on
+
+
+MAY_CHANGE = frozenset("out steps every checkpointing workers dry_run".split())  # in a run that goes on
+
+
+def presets(kind: type, table: dict[str, tuple]) -> dict:
+    """Configurations by name: "full", which is `kind` as it stands, and a column of the table for each other.
+
+    The table has a row a setting; its first row holds the names. None leaves a setting as it is in full.
     """
-    first = next(iter(presets))
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--preset", choices=presets, default=first)
-    for field in dataclasses.fields(presets[first]):
-        flag = "--" + field.name.replace("_", "-")
-        help_text = f"{field.metadata.get('help', '')} ({getattr(presets[first], field.name)})"
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=help_text)
-        elif typing.get_origin(field.type) is tuple:
-            item = typing.get_args(field.type)[0]
-            parser.add_argument(flag, type=item, nargs="*", default=None, help=help_text)
-        else:
-            parser.add_argument(flag, type=plain_type(field.type), default=None, help=help_text)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    config = presets[given.pop("preset")]
-    return dataclasses.replace(
-        config, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    )
+    (_, names), *rows = table.items()
+    columns = {
+        name: {setting: values[k] for setting, values in rows if values[k] is not None}
+        for k, name in enumerate(names)
+    }
+    return {"full": kind()} | {name: kind(**column) for name, column in columns.items()}
+
+
+def parse(presets: dict, description: str, argv: list[str] | None = None):
+    """`--preset NAME` (the first if not given), then any field of the dataclass as a flag; its comment is its
+    help. A wrong flag or value ends the program with status 2 and what it might have been."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets, default=next(iter(presets)))
+    known, rest = first.parse_known_args(argv)
+    preset, names = presets[known.preset], ", ".join(presets)
+    description += f"\n--preset NAME: one of {names}; the defaults below are those of {known.preset}."
+    return tyro.cli(type(preset), default=preset, args=rest, description=description)
 
 
 def require_positive(config, names: str) -> None:
@@ -140,182 +259,224 @@ def require_positive(config, names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: give 1 or more")
 
 
-def plain_type(hint) -> type:
-    """int of `int`, str of `str | None`."""
-    if isinstance(hint, types.UnionType):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    return hint
-
-
-def setting(default, help: str):
-    """A field of a configuration: its default, and what it is, with unit and source."""
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
 # ------------------------------------------------------------------------------------------------------
 # Checkpoints: folders step_000123/, written aside and renamed, so that a half-written one is never seen
 
 
+def checkpoints(out: str | Path) -> list[Path]:
+    """The complete checkpoints under `out` in the order of their steps."""
+    found = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit() and (p / "train.pt").is_file()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
 def newest_checkpoint(out: str | Path) -> Path | None:
     """The complete checkpoint with the highest step under `out`, if there is one."""
-    steps = [p for p in Path(out).glob("step_*") if p.name[5:].isdigit() and (p / "train.pt").is_file()]
-    return max(steps, key=lambda p: int(p.name[5:]), default=None)
-
-
-def save_checkpoint(out: str | Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Calls write(folder) on a temporary folder, renames it to out/step_N, keeps the last `keep` ones."""
-    out = Path(out)
-    final, partial = out / f"step_{step:06d}", out / f".step_{step:06d}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
-        for path in partial.iterdir():  # on disk before the rename: a power cut leaves no empty file
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk, in Python, torch and safetensors
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"{final}: cannot save ({reason}). Earlier checkpoints are intact.") from error
-    older = sorted((p for p in out.glob("step_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    for path in older[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-    return final
+    return next(reversed(checkpoints(out)), None)
 
 
 def read_training_state(folder: Path, mmap: bool = False) -> dict:
     """train.pt of a checkpoint: "step", "config" and more. mmap: tensors stay on disk until they are used."""
     path = folder / "train.pt"
-    try:
+    with explained(f"{path}: damaged, or not of a training run", "Copy the checkpoint again."):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         return {"step": state["step"], "config": dict(state["config"])} | state
-    except Exception as error:  # cut short, or another program's: many kinds
-        raise UserError(f"{path}: damaged, or not of a training run. Copy the checkpoint again.") from error
 
 
-def load_training_state(folder: Path, config, may_change: frozenset[str]) -> dict:
+def as_saved(config) -> dict:
+    """Settings as a checkpoint keeps them: JSON's values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def load_training_state(folder: Path, config) -> dict:
     """train.pt of a checkpoint. `UserError` if a setting that changes the result differs from `config`."""
-    state = read_training_state(folder)
-    saved, now = state["config"], json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [k for k in now if k not in may_change and saved.get(k) != now[k]]
+    state, now = read_training_state(folder), as_saved(config)
+    saved = state["config"]
+    changed = [k for k in now if k not in MAY_CHANGE and saved.get(k) != now[k]]
     if changed:
         named = ", ".join(f"{k} was {saved.get(k)}, now {now[k]}" for k in changed)
         raise UserError(f"{folder} was made with other settings: {named}. Use them, or another --out.")
     return state
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a flag, so that the loop can save and leave between two steps."""
-
-    def __init__(self):
-        self.set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
-
-    def on_signal(self, number: int, frame) -> None:
-        self.set = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C leaves at once
+def fingerprint(weights: Iterable[Tensor]) -> int:
+    """A number that is another one as soon as any bit of the weights is."""
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
+    return int.from_bytes(digest.digest()[:7], "big")
 
 
-class Log:
-    """One JSON object a line in out/log.jsonl, and TensorBoard's curves beside it where that is installed."""
+# ------------------------------------------------------------------------------------------------------
+# A training run
 
-    def __init__(self, out: Path, enabled: bool):
-        self.file = self.board = None
-        if enabled:
-            out.mkdir(parents=True, exist_ok=True)
-            self.file = (out / "log.jsonl").open("a", buffering=1)
-            if importlib.util.find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(out / "tensorboard"))
-
-    def write(self, step: int, **values: float) -> None:
-        if self.file:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+KEEP = 3  # checkpoints that stay, the last ones
+LINES = 100  # of the log, between two checkpoints
+PATIENCE = 30  # seconds that another run in the same folder has to end; a killed one's loaders take a few
+MEASURED = 3  # steps of a dry run
 
 
-class Meter:
-    """What a person sees of a run: every `every` steps a line, also in the log, of values averaged over
-    processes and over the steps since the last line, speed, share of time waiting for data, peak memory.
+class Run:
+    """All that surrounds the steps of a training and has nothing to do with the paper.
+
+        run = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
+        for step, batch in run.steps(lambda done: ...):  # seeds; behind each step saves, or stops if asked to
+            run.log(train_step(...))
+            if run.due:
+                run.note(**validate(...))
+
+    cfg: `Settings` and more. student: has save_pretrained and from_pretrained. optimiser: the student's.
+    parts: other networks and optimisers. All processes begin with the first's weights. Raises `UserError`.
     """
 
-    def __init__(self, world: World, log: Log, every: int, steps: int):
-        self.world, self.log, self.every, self.steps = world, log, every, steps
-        self.reset()
+    def __init__(self, cfg, world: World, student: nn.Module, optimiser, **parts):
+        self.cfg, self.world, self.student, self.optimiser = cfg, world, student, optimiser
+        self.parts = {"optimiser": optimiser} | parts
+        self.out, self.step, self.stop, self.file, self.board = Path(cfg.out), 0, False, None, None
+        if not cfg.dry_run and (folder := newest_checkpoint(self.out)):
+            state = load_training_state(folder, cfg)
+            student.load_state_dict(type(student).from_pretrained(folder).state_dict())
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+        if not world.same(self.step):
+            raise UserError(f"{self.out}: processes find different checkpoints; all must see the same folder")
+        networks = [student, *(part for part in parts.values() if isinstance(part, nn.Module))]
+        world.broadcast(tensor for net in networks for tensor in (*net.parameters(), *net.buffers()))
+        self.trained = [weight for net in networks for weight in net.parameters()]
+        if world.is_main:
+            where = f"{world.size} x {world.device} | at step {self.step} of {cfg.steps} | {self.out}"
+            print(f"{where} | {changes(cfg)}", flush=True)
 
-    def reset(self) -> None:
-        self.totals, self.count, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+    @property
+    def due(self) -> bool:
+        """Whether there is a checkpoint after this step."""
+        return not self.cfg.dry_run and (self.step % self.cfg.every == 0 or self.step == self.cfg.steps)
 
-    def timed(self, batches: Iterable) -> Iterator:
-        """The batches, the wait for each on the clock."""
-        iterator, asked = iter(batches), time.perf_counter()
-        for batch in iterator:
-            self.waited += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
+    def steps(self, make_loader: Callable[[int], Iterable]) -> Iterator[tuple[int, Any]]:
+        """(number of the step, from 1 on, its batch). make_loader: steps done -> the batches that follow."""
+        cfg, ends = self.cfg, []
+        with self.opened():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self.ask_to_stop)
+            self.start_line()
+            for batch in islice(make_loader(self.step), MEASURED if cfg.dry_run else None):
+                self.waited += time.perf_counter() - self.asked
+                self.step += 1
+                # A resumed run draws what it would have drawn.
+                torch.manual_seed(hash((cfg.seed, self.step, self.world.rank)))
+                yield self.step, batch
+                stopping = self.world.any(self.stop)  # asked of one process, done by all
+                if self.due or (stopping and not cfg.dry_run):
+                    self.save()
+                if stopping:
+                    break
+                self.asked = time.perf_counter()
+                ends.append(self.asked)
+        if cfg.dry_run and self.world.is_main and len(ends) > 1:
+            seconds = (ends[-1] - ends[0]) / (len(ends) - 1)  # the first step warms up
+            days = f"{cfg.steps} steps take {cfg.steps * seconds / 86400:.2g} days"
+            print(f"{seconds:.3g} s a step, {peak_memory():.1f} GB at most: {days}", flush=True)
 
-    def step(self, step: int, values: dict[str, torch.Tensor], **more: float) -> dict[str, float]:
-        """After update number `step`. Names with a slash are logged, not printed; where a line was printed,
-        the means are returned. Raises `UserError` for a value that is not finite."""
-        for name, value in values.items():
+    def ask_to_stop(self, number: int, frame) -> None:
+        self.stop = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C leaves at once
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The run's folder for this run alone, and its log: a JSON object a line, with TensorBoard's curves
+        beside it where that is installed."""
+        with ExitStack() as stack:
+            if self.world.is_main and not self.cfg.dry_run:
+                way_out = "Does another training use it? Give another --out."
+                with explained(f"--out {self.out}: cannot be used", way_out, causes=OSError):
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(FileLock(self.out / ".lock", timeout=PATIENCE))
+                    self.file = stack.enter_context((self.out / "log.jsonl").open("a", buffering=1))
+                if importlib.util.find_spec("tensorboard"):
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    self.board = stack.enter_context(SummaryWriter(str(self.out / "tensorboard")))
+            yield
+
+    def start_line(self) -> None:
+        """What the next line of the log counts."""
+        self.totals, self.count, self.waited = defaultdict(float), 0, 0.0
+        self.since = self.asked = time.perf_counter()
+
+    def log(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """After each update. Every so many steps it writes a line, of values averaged over processes and over
+        the steps since the last line, and returns these; otherwise nothing. data_wait: share of the time.
+
+        Names with a slash are not shown, only kept. Raises `UserError` for a value that is not finite.
+        """
+        cfg, step = self.cfg, self.step
+        for name, value in losses.items():
             if not math.isfinite(value):
                 way_out = "The last checkpoint is kept; try a lower learning rate."
                 raise UserError(f"step {step}: {name} is {float(value)}. {way_out}")
-            self.totals[name] = self.totals.get(name, 0.0) + float(value)
+            self.totals[name] += float(value)
         self.count += 1
-        if step % self.every and step != self.steps:
+        if step % max(1, cfg.every // LINES) and step != cfg.steps and not cfg.dry_run:
             return {}
         spent = time.perf_counter() - self.since
         means = self.world.mean({name: total / self.count for name, total in self.totals.items()})
-        more |= {"steps_per_s": self.count / spent, "data_wait": self.waited / spent, "gb": peak_memory()}
-        self.log.write(step, **means, **more)
+        more = {"lr": self.optimiser.param_groups[0]["lr"], "steps_per_s": self.count / spent}
+        more |= {"data_wait": self.waited / spent, "gb": peak_memory()}
+        self.write(means | more)
         if self.world.is_main:
             shown = " ".join(f"{k} {v:.4g}" for k, v in (means | more).items() if "/" not in k)
-            left = (self.steps - step) * spent / self.count / 60
-            print(f"step {step}/{self.steps} {shown} eta {left:.0f} min", flush=True)
-        self.reset()
+            left = (cfg.steps - step) * spent / self.count / 60
+            print(f"step {step}/{cfg.steps} {shown} eta {left:.0f} min", flush=True)
+        self.start_line()
         return means
+
+    def note(self, **scores: float) -> None:
+        """Writes and shows scores of this step."""
+        self.write(scores)
+        print(f"step {self.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()), flush=True)
+
+    def write(self, values: dict[str, float]) -> None:
+        if self.file:
+            self.file.write(json.dumps({"step": self.step} | values) + "\n")
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, self.step)
+
+    def save(self) -> None:
+        """A checkpoint, if the weights are finite, and in all processes the same; else `UserError`."""
+        kept = "the last checkpoint is kept"
+        if not all(weight.isfinite().all() for weight in self.trained):  # the losses were, before the update
+            raise UserError(f"step {self.step}: the weights are not finite; {kept}")
+        if self.world.size > 1 and not self.world.same(fingerprint(self.trained)):
+            raise UserError(f"step {self.step}: the processes' weights have come apart; {kept}")
+        if self.world.is_main:
+            folder = self.out / f"step_{self.step:06d}"
+            state = {"step": self.step, "config": as_saved(self.cfg)}
+            state |= {name: part.state_dict() for name, part in self.parts.items()}
+            full_disk = (OSError, RuntimeError, SafetensorError)  # as Python, torch and safetensors put it
+            with explained(f"{folder}: cannot save", "Earlier checkpoints are intact.", causes=full_disk):
+                with complete(folder) as partial:
+                    partial.mkdir()
+                    self.student.save_pretrained(partial)
+                    torch.save(state, partial / "train.pt")
+            for old in checkpoints(self.out)[:-KEEP]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.world.barrier()
+
+
+def changes(config) -> str:
+    """What a run does otherwise than the paper, for people."""
+    default, now = as_saved(type(config)()), as_saved(config)
+    changed = [f"{k} {v}" for k, v in now.items() if v != default[k] and k not in MAY_CHANGE]
+    return ", ".join(changed) or "the paper's settings"
 
 
 def peak_memory() -> float:
-    """The most memory this process has held, in GB: on the GPU where there is one."""
+    """The most memory this process has held, in GB: on the GPU where there is one; 0 where nobody knows."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows, where infer.py needs this module too
-
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-TFLOPS = 250  # of a GPU in training: about a quarter of the peak of an H100 or H200 in bf16
-
-
-def print_cost(networks: dict, tflop: float, samples: int, processes: int) -> None:
-    """The table of --dry-run. networks: name -> module or None; tflop: work for one sample, of `samples`."""
-    for name, net in networks.items():
-        if net:
-            size = sum(weight.numel() for weight in (*net.parameters(), *net.buffers()))
-            print(f"{name:16} {size / 1e6:8.1f} M weights")
-    days = tflop * samples / (TFLOPS * processes) / 86400
-    print(f"{tflop:.3g} TFLOP for a sample and step, what a cache makes once not counted")
-    print(f"{samples} samples on {processes} GPUs at {TFLOPS} TFLOP/s each: {days:.1f} days", flush=True)
-
-
-def print_step(world: World, losses: dict[str, torch.Tensor]) -> None:
-    """The last line of --dry-run: one step's losses and the memory it took."""
-    if world.is_main:
-        shown = " ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
-        print(f"one step: {shown}; peak memory {peak_memory():.1f} GB")
-
-
-def count_flops(work: Callable[[], object]) -> float:
-    """Floating-point operations (2 for a multiply-add) of work(), in 1e12; its tensors may be on "meta"."""
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() / 1e12

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -69,6 +70,26 @@ def to_network(rgb: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Float frames in [-1, 1] of any shape -> uint8: clipped and rounded to nearest, halves up."""
     return (x.float() * 127.5 + 128).floor().clamp(0, 255).byte()
+
+
+def to_clip(frames: Sequence[np.ndarray]) -> Tensor:
+    """Frames (h w 3) uint8 -> a clip (t 3 h w) uint8."""
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+
+def to_frames(clip: Tensor) -> np.ndarray:
+    """A clip (t 3 h w), uint8 or float in [-1, 1] -> frames (t h w 3) uint8."""
+    clip = clip if clip.dtype == torch.uint8 else to_uint8(clip)
+    return clip.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple[slice, slice]:
+    """Rows and columns of the middle `part` (h, w) of frames of `size` (h, w), from a multiple of `unit` on.
+
+    Paper: Sec. 4.1, the centre crop of the test clips; unit 4 cuts HR where unit 1 cuts its LR.
+    """
+    starts = [max(0, a // unit - b // unit) // 2 * unit for a, b in zip(size, part)]
+    return tuple(slice(start, start + b) for start, b in zip(starts, part))
 
 
 # --- stills ---------------------------------------------------------------------------------------------

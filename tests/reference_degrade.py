@@ -49,15 +49,12 @@ def one_kernel(kind: str, size: int, sigma_x, sigma_y, rotation, beta, omega) ->
 def blur(frames: list, step: degrade.Blur) -> list:
     blurred = []
     for frame, kernel in zip(frames, step.kernels(), strict=True):
-        if not step.dove:
-            frame = frame.astype(np.float32)
-        blurred.append(cv2.filter2D(frame, -1, kernel))
+        blurred.append(cv2.filter2D(frame.astype(np.float32), -1, kernel))
     return blurred
 
 
 def resize(frames: list, step: degrade.Resize) -> list:
-    if not step.dove:
-        frames = [frame.astype(np.float32) for frame in frames]
+    frames = [frame.astype(np.float32) for frame in frames]
     h, w = step.size
     return [cv2.resize(frame, (w, h), interpolation=INTERPOLATIONS[step.interpolation]) for frame in frames]
 
@@ -75,25 +72,24 @@ def noise(frames: list, step: degrade.Noise, own_noise: bool) -> list:
             continue
         clean = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)[..., None] if step.grey else frame
         clean = np.clip(np.round(clean), 0, 255)
-        v = 2 ** math.ceil(math.log2(len(np.unique(clean))))
-        v, unit = (v, 1) if step.dove else (max(v, degrade.MIN_LEVELS), 255)
-        x = clean / unit
+        v = max(2 ** math.ceil(math.log2(len(np.unique(clean)))), degrade.MIN_LEVELS)
+        x = clean / 255
         if own_noise:
             deviation = np.random.poisson(x * v).astype(np.float32) / v - x
         else:
             deviation = np.sqrt(x / v) * normal
-        noisy.append(frame + strength * unit * deviation)
+        noisy.append(frame + strength * 255 * deviation)
     return noisy
 
 
 def jpeg(frames: list, step: degrade.Jpeg) -> list:
     coded = []
     for frame, quality in zip(frames, step.quality, strict=True):
-        frame = np.clip(frame if step.dove else np.round(frame), 0, 255).astype(np.uint8)
-        bgr = frame if step.dove else np.ascontiguousarray(frame[..., ::-1])
+        frame = np.clip(np.round(frame), 0, 255).astype(np.uint8)
+        bgr = np.ascontiguousarray(frame[..., ::-1])
         _, data = cv2.imencode(".jpg", bgr, [int(cv2.IMWRITE_JPEG_QUALITY), int(quality)])
         bgr = cv2.imdecode(data, cv2.IMREAD_COLOR)
-        coded.append(bgr if step.dove else np.ascontiguousarray(bgr[..., ::-1]))
+        coded.append(np.ascontiguousarray(bgr[..., ::-1]))
     return coded
 
 
@@ -107,36 +103,21 @@ def codec(frames: list, step: degrade.Codec) -> list:
         stream.bit_rate = step.bitrate
         stream.codec_context.thread_count = 1
         if step.codec != "mpeg4":
-            stream.options = {"preset": step.preset, "x264-params": "mbtree=0"}
+            stream.options = {"preset": "medium", "x264-params": "mbtree=0"}
         for frame in frames:
             frame = np.clip(np.round(frame), 0, 255).astype(np.uint8)
             frame = cv2.copyMakeBorder(frame, 0, h % 2, 0, w % 2, cv2.BORDER_REFLECT)
-            yuv = frame if step.dove else cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
-            image = av.VideoFrame.from_ndarray(yuv, format="rgb24" if step.dove else "yuv420p")
-            container.mux(stream.encode(image))
+            yuv = cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(yuv, format="yuv420p")))
         container.mux(stream.encode())
     file.seek(0)
     decoded = []
     with av.open(file, "r", format="mp4") as container:
         container.streams.video[0].codec_context.thread_count = 1
         for image in container.decode(video=0):
-            if step.dove:
-                frame = image.to_ndarray(format="rgb24").astype(np.float32)
-            else:
-                frame = cv2.cvtColor(image.to_ndarray(format="yuv420p"), cv2.COLOR_YUV2RGB_I420)
+            frame = cv2.cvtColor(image.to_ndarray(format="yuv420p"), cv2.COLOR_YUV2RGB_I420)
             decoded.append(frame[:h, :w])
     return decoded
-
-
-def unsharp(clip: np.ndarray) -> np.ndarray:
-    """Unsharp masking with the whole 51 x 51 Gaussian of sigma 8."""
-    gaussian = one_kernel("iso", 51, 8.0, 8.0, 0.0, 1.0, 0.0)
-    sharp = []
-    for x in clip.astype(np.float32):
-        residual = x - cv2.filter2D(x, -1, gaussian)
-        soft = cv2.filter2D((np.abs(residual) > 10).astype(np.float32), -1, gaussian)
-        sharp.append(soft * np.clip(x + 0.5 * residual, 0, 255) + (1 - soft) * x)
-    return np.clip(np.round(sharp), 0, 255).astype(np.uint8)
 
 
 def apply_step(frames: list, step: degrade.Step, own_noise: bool = False) -> list:

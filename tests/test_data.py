@@ -1,9 +1,12 @@
 """data.py: samples that depend on nothing but (seed, index), files that never stop a run, the clip types of
 Eq. 5, and a world whose flow is exact."""
 
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import cv2
@@ -13,32 +16,41 @@ import torch
 
 import data
 from data import (
-    ClipPool,
     DataError,
     Leaf,
+    Sources,
     TrainingClips,
     draw_leaves,
     exact_flow,
-    fixed_clips,
     generator,
+    held_out,
+    held_out_clips,
     indices,
     list_files,
-    loader,
     micro_batches,
     moving_crop,
+    name_hash,
     permutation,
     procedural_clip,
     random_crop,
-    real_clips,
     to_inputs,
-    validation_clips,
-)  # fmt: skip
-from runtime import UserError
-from video import VideoWriter, read_clip
+)
+from runtime import UserError, World
+from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-SMALL = {"frames": 3, "size": 32, "seed": 5}
+SMALL = {"frames": 3, "size": 32}
+
+
+def clips_of(videos="", images="", stage=1, real_types=False, seed=5, **sources) -> TrainingClips:
+    return TrainingClips(Sources(str(videos), str(images), **SMALL | sources), seed, stage, real_types)
+
+
+def loader(clips, first: int, last: int, batch: int = 2, workers: int = 0):
+    """The batches of steps first, ..., last - 1 of one process."""
+    cfg = SimpleNamespace(steps=last, batch=batch, workers=workers)
+    return data.loader(clips, first, cfg, World(0, 1, torch.device("cpu")))
 
 
 def write_video(path: Path, frames: int = 12, size: tuple[int, int] = (48, 64), seed: int = 0) -> None:
@@ -74,32 +86,37 @@ def equal(one: dict, other: dict) -> bool:
 
 
 def test_a_sample_is_the_same_in_any_worker(folders):
-    clips = TrainingClips(**folders, **SMALL, procedural=0.3, real_types=True)
-    alone = list(loader(clips, 0, 3, rank=0, world=1, batch=2, workers=0))
-    shared = list(loader(clips, 0, 3, rank=0, world=1, batch=2, workers=2))
+    clips = clips_of(**folders, procedural=0.3, real_types=True)
+    alone, shared = list(loader(clips, 0, 3)), list(loader(clips, 0, 3, workers=2))
     assert all(equal(a, b) for a, b in zip(alone, shared, strict=True))
     assert not torch.equal(alone[0]["hr"], alone[1]["hr"])
 
 
 def test_a_resumed_run_sees_the_samples_that_were_to_come(folders):
-    clips = TrainingClips(**folders, **SMALL)
-    straight = list(loader(clips, 0, 4, rank=0, world=1, batch=2, workers=0))
-    resumed = list(loader(TrainingClips(**folders, **SMALL), 2, 4, rank=0, world=1, batch=2, workers=0))
+    straight, resumed = list(loader(clips_of(**folders), 0, 4)), list(loader(clips_of(**folders), 2, 4))
     assert all(equal(a, b) for a, b in zip(straight[2:], resumed, strict=True))
 
 
-def test_overfit_shows_the_same_first_clips_again_and_again_to_all_processes():
-    shares = [loader(range(100), 2, 5, rank, world=2, batch=4, workers=0, overfit=3) for rank in range(2)]
-    steps = [sorted(torch.cat(step).tolist()) for step in zip(*shares)]
-    assert steps == [sorted(i % 3 for i in range(4 * step, 4 * step + 4)) for step in (2, 3, 4)]
+def test_a_batch_knows_its_samples(folders):
+    assert [batch["index"].tolist() for batch in loader(clips_of(**folders), 1, 3)] == [[2, 3], [4, 5]]
+
+
+def test_a_stage_sees_other_clips_and_degradations_than_the_one_before(folders):
+    first, again, second = (clips_of(**folders, stage=stage, real_types=True) for stage in (1, 1, 2))
+    for index in range(4):
+        one, same, other = (clips[index] for clips in (first, again, second))
+        assert equal(one, same)
+        kinds = ("hr", "lr", "video", "image", "random_images")
+        assert not any(torch.equal(one[kind], other[kind]) for kind in kinds)
+    # Nor do two stages degrade a clip alike: the generators differ, not only what they are used for.
+    assert not set(first.rng(7, data.DEGRADE).random(9)) & set(second.rng(7, data.DEGRADE).random(9))
 
 
 def test_a_micro_batch_is_a_few_clips_of_the_batch_whole_and_in_order():
-    batch = {"hr": torch.arange(5), "order": torch.arange(10).reshape(5, 2), "skipped": torch.zeros(5)}
+    batch = {"hr": torch.arange(5), "order": torch.arange(10).reshape(5, 2)}
     parts = micro_batches(batch, 2, torch.device("cpu"))
     assert [part["hr"].tolist() for part in parts] == [[0, 1], [2, 3], [4]]
     assert [part["order"].tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9]]]
-    assert all(part.keys() == {"hr", "order"} for part in parts)
 
 
 def test_inputs_are_frames_in_the_networks_range_and_anything_else_as_it_is():
@@ -116,19 +133,19 @@ def test_processes_share_the_samples_of_a_step(world):
 
 
 def test_another_seed_gives_other_samples(folders):
-    one, other = (TrainingClips(**folders, **SMALL | {"seed": seed})[0]["hr"] for seed in (1, 2))
+    one, other = (clips_of(**folders, seed=seed)[0]["hr"] for seed in (1, 2))
     assert not torch.equal(one, other)
 
 
 def test_pairs_have_the_shapes_and_the_range_of_8_bit_frames(folders):
-    sample = TrainingClips(**folders, **SMALL)[0]
+    sample = clips_of(**folders)[0]
     assert sample["hr"].shape == (3, 3, 32, 32) and sample["lr"].shape == (3, 3, 8, 8)
     assert sample["hr"].dtype == sample["lr"].dtype == torch.uint8
 
 
 def test_videos_and_photos_are_drawn_one_to_one_and_every_file_alike(folders, monkeypatch):
-    monkeypatch.setattr(data, "degrade", lambda hr, rng, variant: hr[:, ::4, ::4])  # which is not at issue
-    clips, drawn = TrainingClips(**folders, **SMALL), []
+    monkeypatch.setattr(data, "degrade", lambda hr, rng: hr[:, ::4, ::4])  # which is not at issue
+    clips, drawn = clips_of(**folders), []
 
     def noted(path, *_):
         drawn.append(path)
@@ -149,22 +166,42 @@ def test_videos_and_photos_are_drawn_one_to_one_and_every_file_alike(folders, mo
 # ------------------------------------------------------------------------------ files that are no good
 
 
-def test_unusable_files_are_passed_over_and_counted(tmp_path):
+def test_unusable_files_are_passed_over(tmp_path):
     write_video(tmp_path / "good.mp4")
     write_video(tmp_path / "short.mp4", frames=2)
     write_video(tmp_path / "small.mp4", size=(16, 16))
     (tmp_path / "corrupt.mp4").write_bytes(b"no video at all" * 100)
-    samples = [TrainingClips(tmp_path, None, **SMALL)[i] for i in range(24)]
-    assert {s["skipped"] for s in samples} == {0, 1, 2, 3}  # the good file is first, second, third or last
+    samples = [clips_of(tmp_path)[i] for i in range(12)]
     assert all(s["hr"].shape == (3, 3, 32, 32) for s in samples)
 
 
-def test_a_video_that_ends_early_never_stops_the_run(tmp_path):
+@pytest.mark.parametrize("promised", [400, 14])
+def test_a_video_whose_header_counts_wrong_is_used_as_far_as_it_goes(tmp_path, promised):
+    file = tmp_path / "v.avi"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25, width=64, height=48, pix_fmt="yuv420p")
+        for frame in procedural_clip(generator(0), 40, (48, 64)).frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    content = bytearray(file.read_bytes())
+    for chunk, place in (b"avih", 16), (b"strh", 32):  # the frames in all, of AVI and of its stream
+        at = content.index(chunk) + 8 + place
+        assert content[at : at + 4] == (40).to_bytes(4, "little")
+        content[at : at + 4] = promised.to_bytes(4, "little")
+    file.write_bytes(content)
+    with data.VideoReader(file) as reader:
+        assert reader.frames == promised and sum(1 for _ in reader) == 40
+    clips = clips_of(tmp_path, frames=12)  # where no other file stands in
+    drawn = [clips.draw(clips.videos, 12, index) for index in range(12)]
+    assert len({clip.tobytes() for clip in drawn}) == 12
+
+
+def test_a_video_that_ends_early_is_used_as_far_as_it_goes(tmp_path):
     write_video(tmp_path / "whole.mkv", frames=40)
     whole = (tmp_path / "whole.mkv").read_bytes()
-    (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])  # its header still tells of 40 frames
-    clips = TrainingClips(tmp_path, None, frames=12, size=32)
-    assert len({clips[i]["hr"].shape for i in range(12)}) == 1
+    (tmp_path / "whole.mkv").write_bytes(whole[: 2 * len(whole) // 3])  # its header still tells of 40 frames
+    clips = clips_of(tmp_path, frames=12)
+    assert {clips.draw(clips.videos, 12, index).shape for index in range(12)} == {(12, 32, 32, 3)}
 
 
 def test_grey_alpha_and_deep_sources_become_8_bit_rgb(tmp_path):
@@ -178,9 +215,13 @@ def test_grey_alpha_and_deep_sources_become_8_bit_rgb(tmp_path):
         for frame in procedural_clip(generator(0), 4, (64, 64)).frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    for clips in (TrainingClips(tmp_path, None, **SMALL), TrainingClips(None, tmp_path / "i", **SMALL)):
-        samples = [clips[i] for i in range(6)]
-        assert all(s["hr"].shape == (3, 3, 32, 32) and s["skipped"] == 0 for s in samples)
+    for clips, files in (clips_of(tmp_path), 1), (clips_of(images=tmp_path / "i"), 2):
+        assert len(clips.videos or clips.images) == files
+        assert all(clips[i]["hr"].shape == (3, 3, 32, 32) for i in range(6))
+    photos = clips_of(images=tmp_path / "i")
+    for path in photos.images:
+        photos.images = [path]  # which no other file could stand in for
+        assert photos[0]["hr"].shape == (3, 3, 32, 32)
 
 
 def one_line(error) -> str:
@@ -197,27 +238,26 @@ def test_bad_places_are_one_line_each(tmp_path):
     for place, says in (("absent", "No such file"), ("empty", "nothing to train on"),
                         ("OpenVid-1M.csv", "no column 'video'"), ("bad", "can be used")):  # fmt: skip
         with pytest.raises(UserError) as error:
-            TrainingClips(tmp_path / place, None, **SMALL)[0]
+            clips_of(tmp_path / place)[0]
         assert says in one_line(error) and place in one_line(error)
 
 
 def test_an_error_in_a_worker_is_one_line_too(tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"junk")
     with pytest.raises(DataError) as error:
-        next(iter(loader(TrainingClips(tmp_path, None, **SMALL), 0, 1, rank=0, world=1, batch=1, workers=1)))
+        next(iter(loader(clips_of(tmp_path), 0, 1, batch=1, workers=1)))
     assert one_line(error).startswith("none of 1 files under")
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        lambda: TrainingClips(None, None),
-        lambda: TrainingClips(None, None, size=30, procedural=1),
-        lambda: TrainingClips(None, None, degradation="none", procedural=1),
-        lambda: TrainingClips(None, None, frames=1, real_types=True, procedural=1),
-        lambda: TrainingClips(None, None, seed=-1, procedural=1)[0],
-        lambda: indices(0, 0, world=3, batch=8),
-        lambda: procedural_clip(generator(0), 3, (32, 32), shots=4),
+        lambda: clips_of(),
+        lambda: clips_of(size=30, procedural=1),
+        lambda: clips_of(frames=1, real_types=True, procedural=1),
+        lambda: clips_of(seed=-1, procedural=1)[0],
+        lambda: indices(0, 0, processes=3, batch=8),
+        lambda: held_out_clips(Sources("", "", 1, "absent.txt", **SMALL), 2),
         lambda: random_crop(np.zeros((1, 20, 40, 3), np.uint8), 32, generator(0)),
         lambda: moving_crop(np.zeros((20, 40, 3), np.uint8), 3, 32, generator(0)),
     ],
@@ -230,66 +270,257 @@ def test_impossible_requests_are_one_line_each(wrong):
 
 def test_real_types_need_images(folders):
     with pytest.raises(DataError, match="types 4 and 5 of Eq. 5 are photos; --procedural 1 needs no files"):
-        TrainingClips(folders["videos"], None, **SMALL, real_types=True)
+        clips_of(folders["videos"], real_types=True)
+
+
+def names_of(source) -> list[str]:
+    return sorted(path.name for path in list_files(source, VIDEO_SUFFIXES))
 
 
 def test_layouts_folder_list_openvid_and_lsdir(tmp_path):
     names = ["b.mp4", "a.mp4", "other.mp4"]
-    (tmp_path / "video").mkdir()
+    (tmp_path / "video.1").mkdir()
     for name in names:
-        (tmp_path / "video" / name).touch()
-    suffixes = data.VIDEO_SUFFIXES
-    assert [p.name for p in list_files(tmp_path, suffixes)] == sorted(names)
-    (tmp_path / "list.txt").write_text("video/b.mp4\n\nvideo/other.mp4\n")
-    assert [p.name for p in list_files(tmp_path / "list.txt", suffixes)] == ["b.mp4", "other.mp4"]
+        (tmp_path / "video.1" / name).touch()
+    assert names_of(tmp_path) == sorted(names)
+    (tmp_path / "list.txt").write_text("video.1/b.mp4\n\nvideo.1/other.mp4\n")
+    assert set(list_files(tmp_path / "list.txt", VIDEO_SUFFIXES)) == {
+        tmp_path / "video.1" / "b.mp4", tmp_path / "video.1" / "other.mp4"
+    }  # fmt: skip
     (tmp_path / "data" / "train").mkdir(parents=True)
     table = tmp_path / "data" / "train" / "OpenVid-1M.csv"
     table.write_text('video,caption,frame\nb.mp4,"one, two",80\na.mp4,three,90\nabsent.mp4,,1\n')
-    assert list_files(table, suffixes) == [tmp_path / "video" / "a.mp4", tmp_path / "video" / "b.mp4"]
+    found = set(list_files(table, VIDEO_SUFFIXES))
+    assert found == {tmp_path / "video.1" / "a.mp4", tmp_path / "video.1" / "b.mp4"}
     for shard in ("0001000", "X4", "val1"):
         (tmp_path / "lsdir" / shard).mkdir(parents=True)
         (tmp_path / "lsdir" / shard / "0000001.png").touch()
-    found = list_files(tmp_path / "lsdir", data.IMAGE_SUFFIXES)
+    found = list_files(tmp_path / "lsdir", IMAGE_SUFFIXES)
     assert [p.parent.name for p in found] == ["0001000"]
 
 
-def test_validation_clips_are_held_out_of_training(tmp_path):
-    write_video(tmp_path / "v" / "park_00.mp4", frames=4)
-    write_video(tmp_path / "v" / "other.mp4", frames=4)
-    write_photo(tmp_path / "i" / "linku_hato.jpg")
-    write_photo(tmp_path / "i" / "other.jpg")
-    clips = TrainingClips(tmp_path / "v", tmp_path / "i", **SMALL)
-    assert [p.name for p in clips.videos + clips.images] == ["other.mp4", "other.jpg"]
-    held = list(validation_clips(tmp_path / "v", tmp_path / "i", frames=3, size=32))
-    again = list(validation_clips(tmp_path / "v", tmp_path / "i", frames=3, size=32))
-    assert [name for name, _, _ in held] == ["park_00", "linku_hato"]
-    assert all((a[1] == b[1]).all() and (a[2] == b[2]).all() for a, b in zip(held, again, strict=True))
+def test_hidden_files_are_never_data(tmp_path):
+    for name in "a.mp4", ".b.mp4", "._a.mp4", "in/c.mp4", "in/._c.mp4", ".hidden/d.mp4":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert names_of(tmp_path) == ["a.mp4", "c.mp4"]
+    (tmp_path / "list.txt").write_text("a.mp4\n._a.mp4\n")
+    assert names_of(tmp_path / "list.txt") == ["a.mp4"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_lists_may_come_from_windows(tmp_path, encoding):
+    (tmp_path / "list.txt").write_bytes("  one.mp4\r\nzwei ä.mp4 \r\n\r\n".encode(encoding))
+    assert names_of(tmp_path / "list.txt") == ["one.mp4", "zwei ä.mp4"]
+    (tmp_path / "one.mp4").touch()
+    (tmp_path / "list.csv").write_bytes("video,frame\r\none.mp4,80\r\n".encode(encoding))
+    assert names_of(tmp_path / "list.csv") == ["one.mp4"]
+
+
+@pytest.fixture
+def indexed(tmp_path, monkeypatch) -> Path:
+    """A folder of 12 empty videos in two subfolders, enough for an index, and long since changed."""
+    monkeypatch.setattr(data, "INDEXES", tmp_path / "indexes")
+    monkeypatch.setattr(data, "INDEXED", 10)
+    for k in range(12):
+        (tmp_path / "set" / f"part{k % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / f"part{k % 2}" / f"{k} ü.mp4").touch()
+    settle(tmp_path / "set")
+    return tmp_path / "set"
+
+
+def settle(folder: Path) -> None:
+    for place in folder, *folder.iterdir():
+        os.utime(place, (1e9, 1e9 + place.stat().st_nlink))
+
+
+def test_a_large_set_is_read_once(indexed, monkeypatch):
+    first = list(list_files(indexed, VIDEO_SUFFIXES))
+    monkeypatch.setattr(data, "names_in", lambda *_: pytest.fail("read again"))
+    again = list_files(indexed, VIDEO_SUFFIXES)
+    assert isinstance(again.names, np.memmap) and list(again) == first and len(first) == 12
+    assert all(path.is_file() for path in first)
+
+
+def test_a_large_set_is_read_again_when_a_folder_of_it_or_the_list_changes(indexed):
+    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 12
+    (indexed / "part1" / "new.mp4").touch()
+    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 13
+    (indexed / "new.mp4").touch()
+    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 14
+    names = indexed / "list.txt"
+    for count in 11, 15, 13:
+        names.write_text("".join(f"{k}.mp4\n" for k in range(count)))
+        assert len(list_files(names, VIDEO_SUFFIXES)) == count  # just written: its time may be the same again
+        os.utime(names, (1e9, 1e9 + count))
+        assert len(list_files(names, VIDEO_SUFFIXES)) == len(list_files(names, VIDEO_SUFFIXES)) == count
+
+
+def test_a_home_that_cannot_be_written_to_is_no_obstacle(indexed, monkeypatch):
+    (indexed.parent / "file").touch()
+    monkeypatch.setattr(data, "INDEXES", indexed.parent / "file" / "indexes")
+    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 12
+
+
+LIST_COST = """
+import os, sys, time
+from multiprocessing import get_context
+from data import Sources, TrainingClips
+
+def private():
+    \"\"\"Bytes that this process shares with no other.\"\"\"
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Private"))
+
+def worker(clips, queue):
+    before = private()
+    for index in range(20000):
+        clips.videos[clips.rng(index, 1).integers(len(clips.videos))]
+    queue.put(private() - before)
+
+if __name__ == "__main__":
+    start, before = time.process_time(), private()
+    clips = TrainingClips(Sources(sys.argv[1], "", frames=3, size=32))
+    spent, mine = time.process_time() - start, private() - before
+    queue = get_context("fork").SimpleQueue()
+    get_context("fork").Process(target=worker, args=(clips, queue)).start()
+    print(len(clips.videos), spent, mine / 1e6, queue.get() / 1e6)
+"""
+
+
+def list_cost(names: Path) -> tuple[int, float, float, float]:
+    """Of a list, in a process of its own: names, CPU seconds to start, MB of memory, and MB of a worker."""
+    command = [sys.executable, "-c", LIST_COST, str(names)]
+    count, *cost = map(float, subprocess.check_output(command, cwd=ROOT).split())
+    return int(count), *cost
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="needs Linux's account of memory")
+def test_a_list_of_a_million_names_starts_in_seconds_and_costs_a_worker_little(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    names = tmp_path / "list.txt"
+    video = "OpenVid_part{}/{:.11}_{}_0to{}.mp4\n"
+    videos = (video.format(k % 186, name_hash(str(k)).hex(), k % 40, k % 977) for k in range(10**6))
+    names.write_text("".join(videos))
+    os.utime(names, (1e9, 1e9))
+    for _ in "read", "kept":
+        count, seconds, main, worker = list_cost(names)
+        print(f"{count} names: {seconds:.1f} s, {main:.0f} MB, {worker:.0f} MB a worker")
+        assert count == 10**6 and seconds < 10 and worker < 50
+    assert seconds < 1 and main < 100
+
+
+# ------------------------------------------------------------------------------------------- held-out files
+
+
+def listed(folder: Path, count: int, suffix: str = ".mp4", name: str = "{:07d}") -> data.Files:
+    """Names in a list of files that need not be there."""
+    folder.mkdir(exist_ok=True)
+    (folder / "list.txt").write_text("".join(name.format(k) + suffix + "\n" for k in range(count)))
+    return list_files(folder / "list.txt", VIDEO_SUFFIXES | IMAGE_SUFFIXES)
+
+
+def test_one_file_in_five_hundred_is_held_out_and_at_least_eight_where_there_are_enough(tmp_path):
+    for count, least, most in (0, 0, 0), (3, 0, 0), (12, 3, 3), (35, 8, 8), (500, 8, 12), (50_000, 60, 140):
+        held = held_out(listed(tmp_path / "videos", count), VIDEO_SUFFIXES, "")
+        assert least <= len(held) <= most and len(set(held)) == len(held)
+
+
+def test_other_files_and_folders_do_not_change_what_is_held_out_of_a_large_set(tmp_path):
+    few = {p.name for p in held_out(listed(tmp_path / "few", 20_000), VIDEO_SUFFIXES, "")}
+    more = {p.name for p in held_out(listed(tmp_path / "more", 30_000), VIDEO_SUFFIXES, "")}
+    files = listed(tmp_path / "moved", 20_000, name="elsewhere/{:07d}")
+    moved = {p.name for p in held_out(files, VIDEO_SUFFIXES, "")}
+    assert few == moved and few < more and {name for name in more if int(name[:-4]) < 20_000} == few
+
+
+def test_training_never_sees_held_out_files(tmp_path, monkeypatch):
+    """Every file is drawn, as often as its fellows, but the held-out ones."""
+    for kind, suffix in ("v", "mp4"), ("i", "png"):
+        (tmp_path / kind).mkdir()
+        for k in range(16):
+            (tmp_path / kind / f"{k}.{suffix}").touch()
+    drawn = Counter()
+
+    def noted(path, *_):
+        drawn[path.name] += 1
+        return np.zeros((3, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(data, "video_clip", noted)
+    monkeypatch.setattr(data, "read_clip", noted)
+    monkeypatch.setattr(data, "degrade", lambda hr, rng: hr[:, ::4, ::4])
+    monkeypatch.setattr(data, "moving_crop", lambda photo, frames, size, rng: np.stack([photo] * frames))
+    clips = clips_of(tmp_path / "v", tmp_path / "i", real_types=True)
+    for index in range(150):
+        clips[index]
+    seen = set(drawn)
+    drawn.clear()
+    names = [name for name, _, _ in held_out_clips(Sources(tmp_path / "v", tmp_path / "i", **SMALL), 99)]
+    assert len(names) == 8 and len(drawn) == 8  # four, a quarter, of each kind
+    assert not seen & set(drawn) and len(seen | set(drawn)) == 32
+
+
+def test_held_out_clips_are_the_same_every_time_and_of_both_kinds(tmp_path):
+    for k in range(8):
+        write_video(tmp_path / "v" / f"v{k}.mp4", frames=4)
+        write_photo(tmp_path / "i" / f"i{k}.jpg")
+    sources = Sources(tmp_path / "v", tmp_path / "i", **SMALL)
+    held, again = held_out_clips(sources, 3), held_out_clips(sources, 3)
+    assert [name[0] for name, _, _ in held] == ["v", "i", "v"]
+    for (_, hr, lr), (_, hr_again, lr_again) in zip(held, again, strict=True):
+        assert hr.shape == (3, 32, 32, 3) and lr.shape == (3, 8, 8, 3)
+        assert (hr == hr_again).all() and (lr == lr_again).all()
+
+
+def test_a_list_names_what_is_held_out(tmp_path):
+    for name in "park.mp4", "other.mp4":
+        write_video(tmp_path / "v" / name, frames=4)
+    for name in "hat.jpg", "other.jpg":
+        write_photo(tmp_path / "i" / name)
+    (tmp_path / "held.txt").write_text("park.mp4\nhat.jpg\nabsent.mp4\n")
+    sources = {"videos": tmp_path / "v", "images": tmp_path / "i", "validation": str(tmp_path / "held.txt")}
+    assert clips_of(**sources).held_out == {"park.mp4", "hat.jpg"}
+    assert [name for name, _, _ in held_out_clips(Sources(**sources, **SMALL), 9)] == ["park", "hat"]
+    (tmp_path / "held.txt").write_text("absent.mp4\n")
+    with pytest.raises(DataError) as error:
+        held_out_clips(Sources(**sources, **SMALL), 9)
+    assert "--validation" in one_line(error)
+
+
+def test_a_folder_of_held_out_clips_may_lie_inside_the_training_folder(tmp_path):
+    for name in "a.mp4", "b.mp4", "val/c.mp4":
+        write_video(tmp_path / name, frames=4)
+    sources = {"videos": tmp_path, "validation": str(tmp_path / "val")}
+    assert clips_of(**sources).held_out == {"c.mp4"}
+    assert [name for name, _, _ in held_out_clips(Sources(images="", **sources, **SMALL), 9)] == ["c"]
 
 
 def test_without_held_out_files_procedural_clips_are_looked_at_the_same_every_time(tmp_path):
-    one, again = (fixed_clips("nowhere", None, frames=2, size=32, count=2) for _ in range(2))
-    assert [name for name, _, _ in one] == ["procedural_0", "procedural_1"]
-    for (_, hr, lr), (_, hr_again, lr_again) in zip(one, again, strict=True):
-        assert hr.shape == (2, 32, 32, 3) and lr.shape == (2, 8, 8, 3)
-        assert (hr == hr_again).all() and (lr == lr_again).all()
-    assert (one[0][1] != one[1][1]).any()
-    for name in "linku_hato.jpg", "sam_groceries.jpg", "human_person-vlado.jpg":
-        write_photo(tmp_path / name)
-    held_out = [name for name, _, _ in fixed_clips(None, tmp_path, frames=2, size=32, count=2)]
-    assert held_out == ["human_person-vlado", "sam_groceries"]  # as many as asked for, none procedural
+    write_photo(tmp_path / "one.png")
+    for videos, images, procedural in ("nowhere", "", 0), ("", tmp_path, 0), ("", "", 1):
+        sources = Sources(videos, images, procedural, **SMALL)
+        one, again = (held_out_clips(sources, 2) for _ in range(2))
+        assert [name for name, _, _ in one] == ["procedural_0", "procedural_1"]
+        for (_, hr, lr), (_, hr_again, lr_again) in zip(one, again, strict=True):
+            assert hr.shape == (3, 32, 32, 3) and lr.shape == (3, 8, 8, 3)
+            assert (hr == hr_again).all() and (lr == lr_again).all()
+        assert (one[0][1] != one[1][1]).any()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample data in ../shared/data")
-def test_no_source_of_the_sample_data_is_on_both_sides():
-    videos = {p.name for p in (SHARED / "train_videos").iterdir()}
-    held, trained = set(data.HELD_OUT_VIDEOS), list_files(SHARED / "train_videos", data.VIDEO_SUFFIXES)
-    sources = {name.rsplit("_", 1)[0] for name in held}
-    assert held < videos and sources == {"park", "bee", "train"}
-    assert not sources & {p.name.rsplit("_", 1)[0] for p in trained}
-    photos = {p.name for p in list_files(SHARED / "train_images", data.IMAGE_SUFFIXES)}
-    held = set(data.HELD_OUT_IMAGES)
-    assert len(held) == 12 and not held & photos
-    assert held < {p.name for p in (SHARED / "train_images").iterdir()}
+def test_the_shipped_weights_list_shares_no_source_with_training():
+    """Of the list behind weights/tiny: what these files show is in no other file of the sample data."""
+    validation = str(ROOT / "weights" / "tiny" / "held_out.txt")
+    videos, images = (SHARED / f"train_{kind}" for kind in ("videos", "images"))
+    held, trained, sources = set(), set(), {"park", "bee", "train"}
+    for folder, suffixes in (videos, VIDEO_SUFFIXES), (images, IMAGE_SUFFIXES):
+        files = list_files(folder, suffixes)
+        out = held_out(files, suffixes, validation)
+        held |= {p.name for p in out}
+        trained |= {p.name for p in files} - {p.name for p in out}
+    assert len(held) == 19 and {name.split("_")[0] for name in held if "mp4" in name} == sources
+    assert not {name.split("_")[0] for name in trained if "mp4" in name} & sources
 
 
 # ------------------------------------------------------------------------------------------------- Eq. 5
@@ -307,70 +538,21 @@ def test_every_other_order_of_three_frames_comes_up():
 
 
 @pytest.mark.parametrize("procedural", [0.0, 1.0])
-def test_the_real_clip_types_are_those_of_equation_5(folders, procedural):
-    clips = TrainingClips(**folders, frames=4, size=32, real_types=True, procedural=procedural)
-    batch = next(iter(loader(clips, 0, 1, rank=0, world=1, batch=2, workers=0)))
-    real = real_clips(batch)
-    assert set(real) == {"video", "shuffled_video", "image", "random_images"}
-    assert {clip.shape for clip in real.values()} == {(2, 4, 3, 32, 32)}
+def test_the_real_clips_are_those_of_equation_5(folders, procedural):
+    clips = clips_of(**folders, frames=4, real_types=True, procedural=procedural)
+    batch = next(iter(loader(clips, 0, 1)))
+    assert batch["video"].shape == batch["random_images"].shape == (2, 4, 3, 32, 32)
+    assert batch["image"].shape == (2, 1, 3, 32, 32)
     for b in range(2):
-        for i, source in enumerate(batch["order"][b]):
-            assert torch.equal(real["shuffled_video"][b, i], real["video"][b, source])
-        assert not torch.equal(real["shuffled_video"][b], real["video"][b])
-        assert (real["image"][b] == real["image"][b, :1]).all()
-        images = real["random_images"][b].float()
+        assert sorted(batch["order"][b].tolist()) == [0, 1, 2, 3] != batch["order"][b].tolist()
+        images = batch["random_images"][b].float()
         apart = [(images[i] - images[j]).abs().mean() for i in range(4) for j in range(i)]
         assert min(apart) > 10  # grey levels
 
 
 def test_asking_for_the_real_types_leaves_the_pair_as_it_is(folders):
-    plain, typed = (TrainingClips(**folders, **SMALL, real_types=real)[7] for real in (False, True))
+    plain, typed = (clips_of(**folders, real_types=real)[7] for real in (False, True))
     assert equal(plain, {k: typed[k] for k in plain})
-
-
-@pytest.fixture(scope="module")
-def samples() -> TrainingClips:
-    """Samples of 4 frames of 40x40 with the real types, of which a pool shows pieces of 3 of 32x32."""
-    return TrainingClips(None, None, frames=4, size=40, seed=3, procedural=1.0, real_types=True)
-
-
-def test_a_pools_real_clips_are_pieces_of_its_samples_each_drawn_on_its_own(samples):
-    pool, made = ClipPool(samples, count=3, frames=3, size=32, workers=0), [samples[i] for i in range(3)]
-    sources, orders = set(), set()
-    for index in range(40):
-        piece, source = pool[index], []
-        assert piece["lr"].shape == (3, 3, 8, 8) and piece["hr"].shape == (3, 3, 32, 32)
-        for name, frames in ("video", 3), ("image", 1), ("random_images", 3):
-            assert piece[name].shape == (frames, 3, 32, 32)
-            found = [
-                n
-                for n, sample in enumerate(made)
-                for i in range(len(sample[name]) - frames + 1)
-                for y in range(0, 9, 4)
-                for x in range(0, 9, 4)
-                if torch.equal(sample[name][i : i + frames, :, y : y + 32, x : x + 32], piece[name])
-            ]
-            assert found, f"the {name} of piece {index} is no part of the pool"
-            source.append(found[0])
-        sources.add(tuple(source))
-        orders.add(tuple(piece["order"]))
-    assert len(sources) > 10  # of 27 ways to draw the three clips
-    assert all(sorted(order) == [0, 1, 2] != list(order) for order in orders) and len(orders) == 5
-
-
-def test_a_pools_piece_with_its_real_clips_is_a_function_of_seed_and_index(samples):
-    one, other = (ClipPool(samples, count=2, frames=3, size=32, workers=workers) for workers in (0, 1))
-    assert all(equal(one[index], other[index]) for index in (5, 0, 3))
-    assert not any(torch.equal(one[5][k], one[3][k]) for k in ("hr", "video", "image", "random_images"))
-    batch = next(iter(loader(one, 0, 1, rank=0, world=1, batch=2, workers=0)))
-    assert {clip.shape for clip in real_clips(batch).values()} == {(2, 3, 3, 32, 32)}
-
-
-def test_a_pool_smaller_than_its_pieces_is_one_line(samples):
-    for frames, size in (5, 32), (3, 44):
-        with pytest.raises(DataError, match="--pool-frames, --pool-size") as error:
-            ClipPool(samples, count=1, frames=frames, size=size, workers=0)
-        one_line(error)
 
 
 # ------------------------------------------------------------------------------------ photos and crops
@@ -410,8 +592,8 @@ def test_a_moving_crop_is_a_smooth_camera_over_the_photo():
 
 def test_some_clips_of_a_photo_stand_still_and_most_move(tmp_path):
     write_photo(tmp_path / "photo.png", size=(80, 80))
-    samples = TrainingClips(None, tmp_path, **SMALL)
-    clips = [samples.draw(samples.images, 3, index)[0] for index in range(60)]
+    samples = clips_of(images=tmp_path)
+    clips = [samples.draw(samples.images, 3, index) for index in range(60)]
     still = sum((clip == clip[:1]).all() for clip in clips)
     assert 5 <= still <= 25  # 15 expected
 
@@ -419,7 +601,7 @@ def test_some_clips_of_a_photo_stand_still_and_most_move(tmp_path):
 # ----------------------------------------------------------------------------------- the procedural world
 
 
-def warping_errors(world: data.World, off: tuple[float, float] = (0, 0)) -> np.ndarray:
+def warping_errors(world: data.Rendered, off: tuple[float, float] = (0, 0)) -> np.ndarray:
     """Grey levels between each frame and the next one brought back along the flow, at all visible points."""
     y, x = np.mgrid[: world.flow.shape[1], : world.flow.shape[2]].astype(np.float32)
     errors = []
@@ -465,26 +647,7 @@ def test_a_square_that_moves_covers_what_lies_ahead():
     assert visible[24, 39:47].all()  # ground that it does not
 
 
-def test_cuts_begin_new_scenes():
-    world = procedural_clip(generator(3), 12, (64, 64), shots=3, truth=True)
-    steps = np.abs(np.diff(world.frames.astype(float), axis=0)).mean((1, 2, 3))
-    cuts = [cut - 1 for cut in world.cuts]
-    assert len(cuts) == 2 and not world.visible[cuts].any() and not world.flow[cuts].any()
-    others = [i for i in range(11) if i not in cuts]
-    assert steps[cuts].min() > 2 * steps[others].max() and world.visible[others].any((1, 2)).all()
-
-
 def test_the_world_is_a_function_of_its_seed_and_truth_does_not_change_it():
     one, other = (procedural_clip(generator(seed), 3, (48, 64)) for seed in (1, 2))
     same = procedural_clip(generator(1), 3, (48, 64), truth=True)
     assert (one.frames == same.frames).all() and (one.frames != other.frames).any() and one.flow is None
-
-
-def test_the_command_writes_a_sample_clip(tmp_path):
-    command = [sys.executable, ROOT / "data.py", "--frames", "3", "--size", "16", "24", "-o"]
-    subprocess.run([*command, tmp_path / "sample.mp4"], check=True, cwd=tmp_path)
-    assert read_clip(tmp_path / "sample.mp4").shape == (3, 16, 24, 3)
-    command.append(tmp_path / "sample.xyz")
-    wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
-    assert not (tmp_path / "sample.xyz").exists()

@@ -1,7 +1,8 @@
-"""What the paper and its users rely on in model.py: sizes, parity, identity, loaders, streaming."""
+"""What the paper and its users rely on in model.py: sizes, parity, identity, loaders, layout in memory."""
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.downsampling import Downsample2D
@@ -22,11 +23,11 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, UpDecoderBlock
 from diffusers.models.upsampling import Upsample2D
 from einops import rearrange
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import PRESETS, SCALE, AdcVSR, Memory, TemporalBlock, WeightsError
-from runtime import UserError
+from model import PRESETS, SCALE, AdcVSR, TemporalBlock, WeightsError
+from stream import stream
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL_KEYS = ROOT / "../shared/docs/adcsr_state_dict_keys.txt"
@@ -144,17 +145,39 @@ def test_keys_and_shapes_are_the_official_ones():
 
 
 def test_attention_over_time_is_the_naive_one():
-    """Table 5's variant: at every pixel, a softmax over the frames of the clip, head by head."""
-    block = awake(model.TemporalAttention(16)).double()
-    x = torch.randn(2 * 5, 16, 2, 3, dtype=torch.float64)
-    y = block(x, Memory(batch=2))
-    clip, out = (rearrange(v, "(b t) c h w -> b h w t c", b=2) for v in (x, y))
-    q, k, v = block.qkv(F.layer_norm(clip, (16,), block.norm.weight, block.norm.bias)).chunk(3, dim=-1)
-    heads = [
-        (q[..., i : i + 2] @ k[..., i : i + 2].mT / 2**0.5).softmax(-1) @ v[..., i : i + 2]
-        for i in range(0, 16, 2)
-    ]
+    """Table 5's variant: at every pixel, a softmax over the frames of the clip, head by head, where queries
+    and keys, as complex numbers, are turned by an angle for each frame (RoFormer)."""
+    block = awake(model.TemporalAttention(32)).double()
+    x = torch.randn(2, 5, 32, 2, 3, dtype=torch.float64)
+    clip, out = (rearrange(v, "b t c h w -> b h w t c") for v in (x, block(x)))
+    q, k, v = block.qkv(F.layer_norm(clip, (32,), block.norm.weight, block.norm.bias)).chunk(3, dim=-1)
+    turn = torch.exp(1j * torch.arange(5).double()[:, None] * torch.tensor([1.0, 1 / 100]).double())
+    heads = []
+    for i in range(0, 32, 4):
+        (q_i, k_i) = (torch.complex(y[..., i : i + 2], y[..., i + 2 : i + 4]) * turn for y in (q, k))
+        weights = ((q_i @ k_i.mH).real / 4**0.5).softmax(-1)
+        heads.append(weights @ v[..., i : i + 4])
     assert block.heads == 8 and distance(out, clip + block.out(torch.cat(heads, dim=-1))) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", model.TEMPORAL_KINDS)
+@pytest.mark.parametrize("t", [5, 40])
+def test_the_order_of_the_frames_matters(kind, t):
+    """What looks along time makes something else of a shuffled clip than the shuffled result, at any length."""
+    block, x, order = awake(model.TEMPORAL_KINDS[kind](16)), torch.randn(1, t, 16, 2, 2), torch.randperm(t)
+    assert distance(block(x[:, order]), block(x)[:, order]) > 1e-3
+
+
+@torch.no_grad()
+def test_attention_over_time_counts_from_frame_to_frame_not_from_the_start():
+    """Its positions are relative: what two frames have to do with each other depends on their distance."""
+    q, k = torch.randn(2, 1, 8).double()
+    for t in 3, 30:
+        products = model.rotary(q.expand(t, 8)) @ model.rotary(k.expand(t, 8)).mT
+        for apart in range(1 - t, t):
+            diagonal = products.diagonal(apart)
+            assert distance(diagonal, diagonal[:1].expand_as(diagonal)) < 1e-12
 
 
 def test_importing_the_model_does_not_import_diffusers():
@@ -224,7 +247,7 @@ def test_unet_equals_diffusers_without_time_and_text():
     own, reference = own.double(), reference.double()  # so deep that float32 rounding reaches 1e-5
     x, text = torch.randn(2, 12, 16, 24).double(), torch.randn(2, 7, 8).double()
     expected = reference(x, timestep=500, encoder_hidden_states=text).sample
-    assert distance(own(x, Memory(batch=2)), expected) < 1e-9
+    assert distance(own(x[None])[0], expected) < 1e-9
 
 
 @torch.no_grad()
@@ -263,8 +286,8 @@ def test_temporal_conv_is_a_3d_conv_of_kernel_3_1_1():
     conv = model.TemporalConv(4)
     x = torch.randn(2, 4, 5, 3, 2)
     expected = F.conv3d(x, conv.weight[..., None, None], conv.bias, padding=(1, 0, 0))
-    result = conv(rearrange(x, "b c t h w -> (b t) c h w"), Memory(batch=2))
-    assert distance(result, rearrange(expected, "b c t h w -> (b t) c h w")) < 1e-5
+    result = conv(rearrange(x, "b c t h w -> b t c h w"))
+    assert distance(result, rearrange(expected, "b c t h w -> b t c h w")) < 1e-5
 
 
 # Before training
@@ -338,10 +361,10 @@ def test_frames_meet_only_in_temporal_blocks():
 
 @torch.no_grad()
 def test_a_temporal_block_sees_two_frames_on_each_side():
-    block, x = awake(TemporalBlock(4)), torch.randn(9, 4, 2, 2)
+    block, x = awake(TemporalBlock(4)), torch.randn(1, 9, 4, 2, 2)
     other = x.clone()
-    other[4] += 1
-    changed = (block(x, Memory(1)) != block(other, Memory(1))).flatten(1).any(dim=1)
+    other[:, 4] += 1
+    changed = (block(x) != block(other))[0].flatten(1).any(dim=1)
     assert changed.nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
 
 
@@ -350,7 +373,7 @@ def test_the_tail_never_sees_more_than_its_few_frames():
     net, seen = AdcVSR(**SMALL), []
     net.decoder.conv_out.register_forward_hook(lambda module, args, out: seen.append(len(out)))
     net(clip(b=2, t=5))
-    list(net.stream(clip(b=2, t=5).split(5, dim=1)))
+    list(stream(net, clip(b=2, t=5).split(5, dim=1)))
     assert sum(seen) == 20 and max(seen) <= AdcVSR.TAIL_FRAMES
 
 
@@ -376,12 +399,12 @@ def test_zeroing_both_temporal_convs_would_stop_training_and_zeroing_the_last_do
     def reached(block: TemporalBlock) -> bool:
         optimiser, x, target = (
             torch.optim.SGD(block.parameters(), lr=0.1),
-            torch.randn(5, 4, 2, 2),
-            torch.randn(5, 4, 2, 2),
+            torch.randn(1, 5, 4, 2, 2),
+            torch.randn(1, 5, 4, 2, 2),
         )
         for _ in range(2):
             optimiser.zero_grad()
-            F.mse_loss(block(x, Memory(batch=1)), target).backward()
+            F.mse_loss(block(x), target).backward()
             optimiser.step()
         return bool(block.conv1.weight.grad.any())
 
@@ -572,24 +595,25 @@ def test_the_official_half_decoder_needs_neither_lightning_nor_trust(pair, monke
 
 
 @torch.no_grad()
-def test_python_objects_in_a_pickle_need_trust(pair):
+def test_python_objects_in_a_pickle_are_refused_with_a_command_that_takes_them_out(pair, tmp_path):
     net, _, decoder, load = pair
     decoder["options"] = argparse.Namespace(lr=1e-4)
-    with pytest.raises(WeightsError, match="--trust-pickle") as error:
+    with pytest.raises(WeightsError, match="If you trust its source: python -c ") as error:
         load()
-    one_line(error)
+    command = shlex.split(one_line(error).partition("source: python ")[2])
+    subprocess.run([sys.executable, *command], check=True)
+    files = tmp_path / "net_params_200.pkl", tmp_path / "halfDecoder.ckpt"
     lr = clip()
-    assert distance(load(trust_pickle=True)(lr), net(lr)) < 1e-6
+    assert distance(AdcVSR.from_adcsr(*files, **UNEVEN)(lr), net(lr)) < 1e-6
 
 
-@pytest.mark.parametrize("trust", [False, True])
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint " * 100, b"PK\x03\x04" + bytes(500), None])
-def test_a_file_that_is_no_checkpoint_is_one_line_and_asks_for_no_trust(tmp_path, content, trust):
+def test_a_file_that_is_no_checkpoint_is_one_line_and_asks_for_no_trust(tmp_path, content):
     path = tmp_path / "net_params_200.pkl"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(WeightsError) as error:
-        AdcVSR.from_adcsr(path, path, trust_pickle=trust, **UNEVEN)
+        AdcVSR.from_adcsr(path, path, **UNEVEN)
     assert str(path) in one_line(error) and "trust" not in one_line(error)
 
 
@@ -619,187 +643,38 @@ def test_the_official_pair_at_full_size(tmp_path):
     assert sr.shape == (1, 1, 3, 64, 64) and features.shape == (1, 1, 256, 8, 8) and sr.isfinite().all()
 
 
-# The pruned start from SD2.1
+# Layout in memory
 
 
-def sd_vae() -> AutoencoderKL:
-    widths = [2 * c for c in UNEVEN["decoder_channels"]]
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=widths,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=2,
-    )
+class Convolutions(TorchDispatchMode):
+    """Records the pictures that convolutions get: their shapes and strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.pictures = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.convolution.default:
+            self.pictures.append((args[0].shape, args[0].stride()))
+        return function(*args, **(kwargs or {}))
+
+    def assert_dense_channels_last(self):
+        assert len(self.pictures) > 100
+        for shape, stride in self.pictures:
+            n, c, h, w = shape
+            assert stride == (c * h * w, 1, w * c, c), shape
 
 
-@torch.no_grad()
-def test_sd_weights_are_cut_to_their_first_channels_and_left_alone():
-    unet, vae = awake(sd_unet(4, 4, UNEVEN["unet_channels"])), awake(sd_vae())
-    before = {k: v.clone() for source in (unet, vae) for k, v in source.state_dict().items()}
-    net = AdcVSR.from_sd(unet, vae, **UNEVEN)
-    after = {**unet.state_dict(), **vae.state_dict()}
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    # conv_in: SD's four channels over and over along the input. conv_out: row i is SD's row i mod 4.
-    for i in range(12):
-        assert torch.equal(net.unet.conv_in.weight[:, i], unet.conv_in.weight[:12, i % 4])
-    for i in range(net.unet.conv_out.out_channels):
-        assert torch.equal(net.unet.conv_out.weight[i], unet.conv_out.weight[i % 4, :12])
-        assert net.unet.conv_out.bias[i] == unet.conv_out.bias[i % 4]
-    cut = {
-        k: v
-        for k, v in net.state_dict().items()
-        if ".temporal_" not in k and not k.startswith("unet.conv_out")
-    }
-    for key, own in cut.items():
-        source = before[key.removeprefix("unet.")]
-        if key != "unet.conv_in.weight":
-            assert torch.equal(own, source[tuple(slice(n) for n in own.shape)]), key
-    flat = AdcVSR.from_sd(unet, vae, **{**UNEVEN, "temporal": "none"})
-    lr = clip(t=3)
-    assert torch.equal(net(lr), flat(lr))  # the temporal blocks are still the identity
-
-
-@pytest.mark.parametrize("wrong", [dict(use_linear_projection=False), dict(layers_per_block=1)])
-def test_another_unet_than_sd21s_is_one_line(wrong):
-    with pytest.raises(WeightsError) as error:
-        AdcVSR.from_sd(sd_unet(4, 4, UNEVEN["unet_channels"], **wrong), sd_vae(), **UNEVEN)
-    one_line(error)
-
-
-# Streaming
-
-
-def streamed(net: AdcVSR, lr: torch.Tensor, chunk: int) -> torch.Tensor:
-    return torch.cat(list(net.stream(lr.split(chunk, dim=1))), dim=1)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temporal", ["layer", "block", "none"])
-def test_stream_equals_clip_for_any_chunks(temporal):
-    net = awake(AdcVSR(**{**SMALL, "temporal": temporal, "pixel_skip": True})).double()
-    for t, chunks in {1: [2], 2: [1], 7: [5], 20: [7], 60: [1, 25, 60]}.items():
-        lr = clip(b=2, t=t, dtype=torch.float64)
-        sr = net(lr)
-        for chunk in chunks:
-            assert distance(streamed(net, lr, chunk), sr) < 1e-9, f"{t} frames in chunks of {chunk}"
-    lr = lr.float()
-    assert distance(streamed(net.float(), lr, 7), net(lr)) < 1e-4
-
-
-@torch.no_grad()
-def test_stream_equals_clip_for_uneven_chunks_of_odd_frames():
-    net, lr = awake(AdcVSR(**SMALL)).double(), clip(b=2, t=11, h=9, w=17, dtype=torch.float64)
-    result = torch.cat(list(net.stream(lr.split([4, 1, 3, 2, 1], dim=1))), dim=1)
-    assert distance(result, net(lr)) < 1e-9
-    assert list(net.stream([])) == []
-
-
-@torch.no_grad()
-def test_a_chunk_that_does_not_fit_into_memory_is_halved_and_nothing_is_lost():
-    net, lr = awake(AdcVSR(**SMALL)).double(), clip(t=16, dtype=torch.float64)
-    expected = net(lr)
-
-    def small_device(module, args):
-        if len(args[0]) > 3:
-            raise torch.OutOfMemoryError
-
-    for part in net.unet.mid_block, net.decoder.up_blocks[3]:  # in the UNet as well as in the tail
-        part.register_forward_pre_hook(small_device)
-    assert distance(streamed(net, lr, 8), expected) < 1e-9
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("part", [lambda net: net.unet.mid_block, lambda net: net.decoder.up_blocks[3]])
-def test_a_frame_that_does_not_fit_into_memory_ends_the_stream(part):
-    net, lr = AdcVSR(**SMALL), clip(t=8)
-
-    def no_memory(module, args):
-        raise torch.OutOfMemoryError
-
-    part(net).register_forward_pre_hook(no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        streamed(net, lr, 8)
-
-
-def test_a_stream_asks_attention_for_no_empty_batch(monkeypatch):
-    """CUDA's kernels raise an error where those of the CPU return an empty result."""
-    attention = F.scaled_dot_product_attention
-
-    def refusing(q, *args, **options):
-        assert len(q), "batch size must be positive"
-        return attention(q, *args, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", refusing)
-    net = AdcVSR(**SMALL)
-    assert sum(sr.shape[1] for sr in net.stream(clip(t=4).split(1, dim=1))) == 4
-
-
-@torch.no_grad()
-def test_doubled_convolutions_stream_too_and_attention_says_that_it_cannot():
-    lr = clip(t=9, dtype=torch.float64)
-    double = awake(AdcVSR(**{**SMALL, "temporal_kind": "double"})).double()
-    assert double.lag == 4 * 38 and distance(streamed(double, lr, 4), double(lr)) < 1e-9
-    attention = awake(AdcVSR(**{**SMALL, "temporal_kind": "attention"})).double()
-    with pytest.raises(UserError, match="cannot stream"):
-        streamed(attention, lr, 4)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temporal", ["layer", "block"])
-def test_a_clip_longer_than_the_lag_flows_out_before_it_ends(temporal):
-    net = awake(AdcVSR(**{**SMALL, "temporal": temporal})).double()
-    lr, fed, results = clip(t=200, dtype=torch.float64), 0, []
-
-    def feed():
-        nonlocal fed
-        for chunk in lr.split(25, dim=1):
-            fed += chunk.shape[1]
-            yield chunk
-
-    for sr in net.stream(feed()):
-        results.append(sr)
-        assert sum(r.shape[1] for r in results) <= fed - (net.lag if fed < 200 else 0)
-        if len(results) == 1:
-            assert fed == -(-(net.lag + 1) // 25) * 25 < 200
-    assert distance(torch.cat(results, dim=1), net(lr)) < 1e-9
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temporal, limit", [("layer", 160), ("block", 40)])
-def test_the_first_result_comes_once_lag_plus_one_frames_are_in(temporal, limit):
-    net, fed = AdcVSR(**{**SMALL, "temporal": temporal}), 0
-
-    def feed():
-        nonlocal fed
-        for frame in clip(t=limit).split(1, dim=1):
-            fed += 1
-            yield frame
-
-    assert next(net.stream(feed())).shape[1] == 1
-    assert fed == net.lag + 1 <= limit
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("temporal", ["layer", "block"])
-def test_a_stream_computes_nothing_twice(temporal):
-    net, lr = AdcVSR(**{**SMALL, "temporal": temporal}), clip(t=30)
-    flops = []
-    for function in (net, lambda lr: streamed(net, lr, 10)):
-        with FlopCounterMode(display=False) as counter:
-            function(lr)
-        flops.append(counter.get_total_flops())
-    assert 0 < flops[0] and flops[1] <= 1.01 * flops[0]
-
-
-@torch.no_grad()
-def test_the_queues_stop_growing_and_hold_no_more_than_they_say():
-    net, memory, sizes = AdcVSR(**SMALL), None, []
-    for chunk in clip(t=180).split(20, dim=1):
-        memory = Memory(1, memory.held if memory else None, closing=range(0))
-        net.encode(chunk, memory)
-        sizes.append(memory.nbytes())
-    assert sizes[0] < sizes[3] and sizes[-4] == sizes[-1]  # filled after the lag of 76 frames, then constant
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in memory.held.values()}
-    assert sum(storages.values()) == memory.nbytes()
+@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize("t", [1, 3])
+def test_no_convolution_of_a_clip_or_of_a_training_step_has_to_copy_its_input(b, t):
+    """Every picture is dense in channels-last memory, the first included, also where there is only one: what
+    is not, is copied, and what follows it too."""
+    net, lr = awake(AdcVSR(**SMALL)).to(memory_format=torch.channels_last), clip(b=b, t=t, h=32, w=48)
+    with torch.no_grad(), Convolutions() as convolutions:
+        net(lr)
+    convolutions.assert_dense_channels_last()
+    net.unet.checkpointing = True
+    with Convolutions() as convolutions:
+        net(lr).square().mean().backward()
+    convolutions.assert_dense_channels_last()

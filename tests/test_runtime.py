@@ -1,37 +1,39 @@
-"""runtime.py: errors in one line, a flag for every setting, checkpoints that are whole or not there."""
+"""runtime.py: errors in one line, a flag for every setting, runs that end alike whatever happens to them."""
 
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import nn
 
 import runtime
 from runtime import (
-    Log,
-    Meter,
-    StopSignal,
+    MAY_CHANGE,
+    Run,
+    Settings,
     UserError,
     World,
-    count_flops,
+    as_saved,
+    fingerprint,
     init_world,
     load_training_state,
     newest_checkpoint,
-    parse_config,
+    parse,
+    presets,
     read_training_state,
     require_positive,
-    save_checkpoint,
-    setting,
+    run,
 )
 
 ROOT = Path(runtime.__file__).parent
@@ -62,7 +64,7 @@ def test_ctrl_c_exits_with_130_and_says_nothing(capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
         with pytest.raises(SystemExit) as stop:
-            runtime.run(lambda: signal.raise_signal(signal.SIGINT))
+            run(lambda: signal.raise_signal(signal.SIGINT))
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130 and capsys.readouterr() == ("", "")
@@ -73,47 +75,62 @@ def test_ctrl_c_exits_with_130_and_says_nothing(capsys):
 
 @dataclass(frozen=True)
 class Config:
-    name: str = setting("tiny", "a name")
-    place: str | None = setting(None, "a place, or none")
-    steps: int = setting(10, "a count")
-    rate: float = setting(0.5, "a rate")
-    halve_at: tuple[int, ...] = setting((5,), "several counts")
-    fast: bool = setting(False, "a switch")
+    name: str = "tiny"  # a name
+    kind: Literal["soft", "hard"] = "soft"  # one of two
+    steps: int = 10  # a count
+    rate: float = 0.5  # a rate
+    halve_at: tuple[int, ...] = (5,)  # several counts
+    pair: tuple[int, int] = (3, 4)  # two counts
+    fast: bool = False  # a switch
 
 
-PRESETS = {"first": Config(), "second": Config(name="full", steps=99, halve_at=(), fast=True)}
+PRESETS = presets(Config, {
+    "preset":   ("second", "third"),
+    "name":     ("large",  None),
+    "steps":    (99,       0),
+    "halve_at": ((),       None),
+    "fast":     (True,     False),
+})  # fmt: skip
 
 
-def parse(*argv: str) -> Config:
-    return parse_config(PRESETS, "A program.", list(argv))
+def parsed(*argv: str) -> Config:
+    return parse(PRESETS, "A program.", list(argv))
+
+
+def test_presets_are_the_columns_of_their_table_and_full_is_the_default():
+    assert PRESETS == {
+        "full": Config(),
+        "second": Config(name="large", steps=99, halve_at=(), fast=True),
+        "third": Config(steps=0),
+    }
 
 
 @pytest.mark.parametrize(
     ("argv", "changes"),
     [
         ([], {}),
-        (["--name", "full"], {"name": "full"}),
-        (["--place", "3"], {"place": "3"}),
+        (["--name", "large"], {"name": "large"}),
+        (["--kind", "hard"], {"kind": "hard"}),
         (["--steps", "7"], {"steps": 7}),
         (["--rate", "3e-4"], {"rate": 3e-4}),
         (["--rate", "0"], {"rate": 0.0}),
         (["--halve-at", "1", "2"], {"halve_at": (1, 2)}),
         (["--halve-at"], {"halve_at": ()}),
+        (["--pair", "1", "2"], {"pair": (1, 2)}),
         (["--fast"], {"fast": True}),
     ],
 )
 def test_every_field_has_a_flag_of_its_type(argv, changes):
-    config = parse(*argv)
+    config = parsed(*argv)
     assert config == replace(Config(), **changes)
     for name, value in changes.items():
         assert type(getattr(config, name)) is type(value)
 
 
 def test_flags_override_the_preset_and_a_switch_can_be_turned_off():
-    assert parse("--preset", "second") == PRESETS["second"]
-    assert parse("--steps", "7", "--preset", "second", "--no-fast") == replace(
-        PRESETS["second"], steps=7, fast=False
-    )
+    assert parsed("--preset", "second") == PRESETS["second"]
+    mixed = parsed("--steps", "7", "--preset", "second", "--no-fast")
+    assert mixed == replace(PRESETS["second"], steps=7, fast=False)
 
 
 @pytest.mark.parametrize(
@@ -121,126 +138,225 @@ def test_flags_override_the_preset_and_a_switch_can_be_turned_off():
     [
         ["--unknown", "1"],
         ["--step", "7"],
-        ["--preset", "third"],
+        ["--preset", "fourth"],
+        ["--kind", "other"],
         ["--steps", "many"],
         ["--halve-at", "x"],
+        ["--pair", "1"],
         ["7"],
     ],
 )
 def test_unknown_flags_abbreviations_and_values_of_another_type_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(*argv)
-    assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+        parsed(*argv)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and argv[0] in said.err and said.out == ""
 
 
-def test_help_says_what_every_field_is_and_its_default(capsys):
+def test_a_misspelt_flag_is_told_the_nearest(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--stpes", "7")
+    assert "--steps INT" in capsys.readouterr().err
+
+
+def test_help_says_what_every_field_is_its_default_and_the_presets(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    shown = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    for field in fields(Config):
-        assert f"{field.metadata['help']} ({field.default})" in shown
+        parsed("--preset", "second", "--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert stop.value.code == 0 and "A program." in shown and "full, second, third" in shown
+    for sentence in "a name (default: large)", "a count (default: 99)", "two counts (default: 3 4)":
+        assert sentence in shown
 
 
-# ----------------------------------------------------------------- checkpoints
+def test_a_count_below_one_names_its_flag():
+    require_positive(Config(), "steps")
+    with pytest.raises(UserError, match="^--steps 0: give 1 or more$"):
+        require_positive(Config(steps=0), "steps")
 
 
-def write(folder: Path) -> None:
-    """A checkpoint of two files."""
-    save_file({"weight": torch.arange(10_000.0)}, folder / "model.safetensors")
-    torch.save({"step": 1, "optimiser": torch.arange(10_000.0)}, folder / "train.pt")
+# ----------------------------------------------------------------- a run
+
+ALONE = World(0, 1, torch.device("cpu"))
+SEEN = {"tensorboard", ".lock"}  # beside what tests look for: curves where they are installed, and the lock
 
 
 def names(folder: Path) -> list[str]:
-    """What is in a folder; TensorBoard's curves are there only where it is installed."""
-    return sorted(p.name for p in folder.iterdir() if p.name != "tensorboard")
+    """What is in a folder, but for SEEN."""
+    return sorted(p.name for p in folder.iterdir() if p.name not in SEEN)
 
 
-def test_a_checkpoint_is_whole_and_nothing_else_is_left(tmp_path):
-    folder = save_checkpoint(tmp_path / "runs" / "new", 12, write, keep=3)
-    assert folder == tmp_path / "runs" / "new" / "step_000012" == newest_checkpoint(tmp_path / "runs" / "new")
-    assert names(folder.parent) == ["step_000012"] and names(folder) == ["model.safetensors", "train.pt"]
+@dataclass(frozen=True)
+class Training(Settings):
+    rate: float = 0.5
+    halve_at: tuple[int, ...] = (5,)
+
+
+class Student(nn.Module):
+    """Two numbers, saved as networks are."""
+
+    def __init__(self, start: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), start))
+        self.register_buffer("fixed", torch.full((2,), start), persistent=False)
+
+    def save_pretrained(self, folder: Path) -> None:
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Student":
+        student = cls()
+        student.load_state_dict(load_file(folder / "model.safetensors"))
+        return student
+
+
+def start(cfg: Training, world: World = ALONE, student: Student | None = None) -> Run:
+    student = student or Student()
+    return Run(cfg, world, student, torch.optim.Adam(student.parameters(), cfg.rate))
+
+
+def train(cfg: Training, world: World = ALONE, student: Student | None = None) -> Run:
+    """Steps towards random places, one for each batch."""
+    training = start(cfg, world, student)
+    for step, batch in training.steps(lambda done: range(done, cfg.steps)):
+        assert batch == step - 1
+        training.optimiser.zero_grad()
+        loss = (training.student.weight - torch.randn(2) - batch).square().sum()
+        loss.backward()
+        world.average_gradients(training.student.parameters())
+        training.optimiser.step()
+        training.log({"loss": loss.detach(), "a/b": loss.detach() / 2})
+    return training
+
+
+def saved(folder: Path) -> dict:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_three_and_three_steps_equal_six(tmp_path, capsys):
+    cfg = Training(str(tmp_path / "straight"), steps=6, every=2)
+    train(cfg)
+    resumed = replace(cfg, out=str(tmp_path / "resumed"))
+    train(replace(resumed, steps=3))
+    torch.rand(7)  # the state that random numbers are in does not matter
+    train(resumed)
+    one, other = tmp_path / "straight" / "step_000006", tmp_path / "resumed" / "step_000006"
+    assert saved(one)["model.safetensors"] == saved(other)["model.safetensors"]
+    a, b = (torch.load(folder / "train.pt") for folder in (one, other))
+    assert torch.equal(a["optimiser"]["state"][0]["exp_avg_sq"], b["optimiser"]["state"][0]["exp_avg_sq"])
+    assert names(tmp_path / "straight") == ["log.jsonl", "step_000002", "step_000004", "step_000006"]
+    assert names(tmp_path / "resumed") == ["log.jsonl", "step_000003", "step_000004", "step_000006"]
+    before = saved(other)
+    train(resumed)  # nothing is left to do
+    assert saved(other) == before and "at step 6 of 6" in capsys.readouterr().out
 
 
 def test_the_last_checkpoints_are_kept_by_number(tmp_path):
     (tmp_path / "step_notes").mkdir()
-    (tmp_path / "log.jsonl").touch()
-    for step in (8, 9, 999_999, 1_000_000):
-        save_checkpoint(tmp_path, step, write, keep=2)
-    assert names(tmp_path) == ["log.jsonl", "step_1000000", "step_999999", "step_notes"]
+    training = start(Training(str(tmp_path)))
+    for training.step in (8, 9, 999_998, 999_999, 1_000_000):
+        training.save()
+    assert names(tmp_path) == ["step_1000000", "step_999998", "step_999999", "step_notes"]
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), KeyboardInterrupt()])
-def test_a_save_that_breaks_off_leaves_the_earlier_checkpoints_and_no_new_one(tmp_path, error):
-    def breaks_off(folder: Path) -> None:
-        write(folder)
-        raise error
-
-    first = save_checkpoint(tmp_path, 1, write, keep=1)
-    before = (first / "train.pt").read_bytes()
-    with pytest.raises(type(error)):
-        save_checkpoint(tmp_path, 2, breaks_off, keep=1)
-    assert not (tmp_path / "step_000002").exists() and newest_checkpoint(tmp_path) == first
-    assert (first / "train.pt").read_bytes() == before
-    save_checkpoint(tmp_path, 2, write, keep=1)  # whatever was left there is no obstacle
-    assert names(tmp_path) == ["step_000002"]
-
-
-def write_text(folder: Path) -> None:
-    (folder / "train.pt").write_bytes(bytes(100_000))
+def test_a_save_that_breaks_off_leaves_the_earlier_checkpoints_and_no_new_one(tmp_path, error, monkeypatch):
+    training = start(Training(str(tmp_path)))
+    training.step = 1
+    training.save()
+    before = saved(tmp_path / "step_000001")
+    training.step = 2
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(Student, "save_pretrained", lambda self, folder: (_ for _ in ()).throw(error))
+        training.save()
+    assert names(tmp_path) == ["step_000001"] and saved(tmp_path / "step_000001") == before
+    training.save()
+    assert newest_checkpoint(tmp_path) == tmp_path / "step_000002"
 
 
-def write_torch(folder: Path) -> None:
-    torch.save({"optimiser": torch.arange(10_000.0)}, folder / "train.pt")
+def write_bytes(self, folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(bytes(100_000))
 
 
-def write_safetensors(folder: Path) -> None:
+def write_torch(self, folder: Path) -> None:
+    torch.save(torch.arange(10_000.0), folder / "model.pt")
+
+
+def write_safetensors(self, folder: Path) -> None:
     save_file({"weight": torch.arange(10_000.0)}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("too_large", [write_text, write_torch, write_safetensors])
-def test_a_disk_without_room_is_one_line_and_the_earlier_checkpoints_are_intact(tmp_path, too_large):
-    first = save_checkpoint(tmp_path, 1, write, keep=1)
+@pytest.mark.parametrize("too_large", [write_bytes, write_torch, write_safetensors])
+def test_a_disk_without_room_is_one_line_and_the_earlier_checkpoints_are_intact(
+    tmp_path, too_large, monkeypatch
+):
+    resource = pytest.importorskip("resource")
+    training = start(Training(str(tmp_path)))
+    training.step = 1
+    training.save()
+    training.step = 2
+    monkeypatch.setattr(Student, "save_pretrained", too_large)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the system refuses larger files
     try:
         with pytest.raises(UserError) as error:
-            save_checkpoint(tmp_path, 2, too_large, keep=1)
+            training.save()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step_000002" in str(error.value) and "\n" not in str(error.value)
-    assert names(tmp_path) == ["step_000001"] and newest_checkpoint(tmp_path) == first
+    assert names(tmp_path) == ["step_000001"]
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/step_000001: cannot save"):
-        save_checkpoint(tmp_path / "file", 1, write, keep=1)
+    with pytest.raises(UserError, match="^--out .*file/run: cannot be used") as error:
+        train(Training(str(tmp_path / "file" / "run"), steps=1))
+    assert "\n" not in str(error.value)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "PATIENCE", 0)
+    cfg = Training(str(tmp_path), steps=3)
+    other = f"import runtime; runtime.PATIENCE = 0\nfrom test_runtime import *\nrun(lambda: train({cfg!r}))"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", other]
+    first = start(cfg).steps(lambda done: range(done, 3))
+    next(first)
+    second = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert second.stderr.startswith(f"error: --out {tmp_path}: cannot be used")
+    first.close()
+    train(cfg)  # the folder is free again
+    assert names(tmp_path) == ["log.jsonl", "step_000003"]
 
 
 def test_the_newest_checkpoint_is_the_last_complete_one(tmp_path):
     assert newest_checkpoint(tmp_path / "nowhere") is None and newest_checkpoint(tmp_path) is None
-    for name in ("step_000002", "step_000010", ".step_000011.partial", "step_last", "step_12.old"):
+    for name in ("step_000002", "step_000010", ".partial-0123", "step_last", "step_12.old"):
         (tmp_path / name).mkdir()
-        write(tmp_path / name)
-    (tmp_path / "step_000013").mkdir()
-    write_safetensors(tmp_path / "step_000013")  # without train.pt
+        (tmp_path / name / "train.pt").touch()
+    (tmp_path / "step_000013").mkdir()  # without train.pt
     assert newest_checkpoint(str(tmp_path)) == tmp_path / "step_000010"
 
 
-def saved_with(folder: Path, config: Config) -> Path:
-    """A checkpoint folder as the train scripts write it: the settings as JSON values."""
-    saved = {f.name: getattr(config, f.name) for f in fields(config)}
-    saved["halve_at"] = list(config.halve_at)
-    torch.save({"step": 3, "config": saved}, folder / "train.pt")
-    return folder
+@pytest.mark.parametrize("name", [field.name for field in fields(Training)])
+def test_only_settings_that_leave_the_result_alone_may_change(tmp_path, name):
+    cfg = Training()
+    torch.save({"step": 3, "config": as_saved(cfg)}, tmp_path / "train.pt")
+    old = getattr(cfg, name)
+    new = not old if isinstance(old, bool) else old + {tuple: (9,), str: "2"}.get(type(old), 1)
+    if name in MAY_CHANGE:
+        assert load_training_state(tmp_path, replace(cfg, **{name: new}))["step"] == 3
+    else:
+        with pytest.raises(UserError, match=f" {name} was .*, now ") as error:
+            load_training_state(tmp_path, replace(cfg, **{name: new}))
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    assert load_training_state(tmp_path, cfg)["step"] == 3
 
 
-def test_the_same_settings_and_those_that_may_change_are_accepted(tmp_path):
-    folder = saved_with(tmp_path, Config(halve_at=(1, 2)))
-    assert load_training_state(folder, Config(halve_at=(1, 2)), frozenset())["step"] == 3
-    longer = Config(halve_at=(1, 2), steps=99, fast=True)
-    assert load_training_state(folder, longer, frozenset({"steps", "fast"}))["step"] == 3
+def test_a_setting_that_the_checkpoint_does_not_know_is_refused(tmp_path):
+    torch.save({"step": 3, "config": {"seed": 0, "halve_at": [5]}}, tmp_path / "train.pt")
+    with pytest.raises(UserError, match="rate was None, now 0.5"):
+        load_training_state(tmp_path, Training())
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", None])
@@ -253,25 +369,79 @@ def test_a_damaged_or_foreign_state_is_one_line(tmp_path, content):
         assert "\n" not in str(error.value)
 
 
-def test_a_count_below_one_names_its_flag():
-    require_positive(Config(), "steps")
-    with pytest.raises(UserError, match="^--steps 0: give 1 or more$"):
-        require_positive(Config(steps=0), "steps")
+def test_a_line_every_few_steps_holds_the_means_since_the_last(tmp_path, capsys):
+    cfg = Training(str(tmp_path), steps=5, every=200, rate=0.25)  # a line every 2 steps
+    training, lines = start(cfg), []
+    for step, _ in training.steps(lambda done: range(done, cfg.steps)):
+        lines.append(training.log({"loss": torch.tensor(float(step)), "a/b": torch.tensor(1.0)}))
+    means = {2: 1.5, 4: 3.5, 5: 5.0}
+    assert lines == [{"loss": means[n], "a/b": 1.0} if n in means else {} for n in range(1, 6)]
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"], line["lr"], line["a/b"]) for line in logged] == [
+        (step, mean, 0.25, 1.0) for step, mean in means.items()
+    ]
+    assert all(line["steps_per_s"] > 0 and 0 <= line["data_wait"] <= 1 < 1 + line["gb"] for line in logged)
+    first, *printed = capsys.readouterr().out.splitlines()
+    assert first == f"1 x cpu | at step 0 of 5 | {tmp_path} | rate 0.25"
+    assert (
+        len(printed) == 3 and printed[0].startswith("step 2/5 loss 1.5 lr 0.25") and "a/b" not in printed[0]
+    )
 
 
-def test_changed_settings_are_refused_by_name_with_both_values(tmp_path):
-    folder = saved_with(tmp_path, Config())
-    with pytest.raises(UserError) as error:
-        load_training_state(folder, Config(rate=0.25, halve_at=(5, 6), steps=99), frozenset({"steps"}))
-    line = str(error.value)
-    assert "rate was 0.5, now 0.25" in line and "halve_at was [5], now [5, 6]" in line
-    assert "steps" not in line and "name" not in line and "\n" not in line and str(folder) in line
+def test_scores_are_shown_and_a_second_run_adds_to_the_log(tmp_path, capsys):
+    for cfg in (Training(str(tmp_path), steps=1), Training(str(tmp_path), steps=2)):
+        training = start(cfg)
+        for _ in training.steps(lambda done: range(done, 2)[:1]):
+            assert training.due
+            training.note(psnr=21.5)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "psnr": 21.5}\n{"step": 2, "psnr": 21.5}\n'
+    assert "step 2: psnr 21.5\n" in capsys.readouterr().out
 
 
-def test_a_setting_that_the_checkpoint_does_not_know_is_refused(tmp_path):
-    torch.save({"step": 3, "config": {"name": "tiny"}}, tmp_path / "train.pt")
-    with pytest.raises(UserError, match="rate was None, now 0.5"):
-        load_training_state(tmp_path, Config(), frozenset())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named(tmp_path, value):
+    training = start(Training(str(tmp_path)))
+    for step, _ in training.steps(lambda done: range(3)):
+        if step == 3:
+            with pytest.raises(UserError, match=f"^step 3: pixel is {value}"):
+                training.log({"loss": torch.tensor(1.0), "pixel": torch.tensor(value)})
+
+
+def test_a_dry_run_measures_three_steps_and_leaves_nothing(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(Training(str(out), steps=200_000, dry_run=True)).step == 3 and names(tmp_path) == []
+    (*_, last) = capsys.readouterr().out.splitlines()
+    for part in " s a step, ", " GB at most: 200000 steps take ", " days":
+        assert part in last
+
+
+def test_a_machine_that_cannot_tell_its_peak_memory_trains_all_the_same(monkeypatch):
+    assert runtime.peak_memory() > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    assert runtime.peak_memory() == 0
+
+
+@pytest.fixture
+def signals():
+    """Python's own handlers of SIGTERM and Ctrl-C are there again after the test."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(n) for n in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_a_ctrl_c_after_it_leaves_at_once(signals, tmp_path, number):
+    steps = start(Training(str(tmp_path), steps=9)).steps(lambda done: range(9))
+    next(steps)
+    signal.raise_signal(number)
+    with pytest.raises(StopIteration):
+        next(steps)
+    assert names(tmp_path) == ["log.jsonl", "step_000001"]
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 # ----------------------------------------------------------------- processes
@@ -317,64 +487,44 @@ def test_without_torchrun_there_is_a_world_of_one(monkeypatch):
     assert world.mean({"loss": 0.1}) == {"loss": 0.1} and not world.any(False) and world.any(True)
 
 
-@pytest.fixture
-def signals():
-    """Python's own handlers of SIGTERM and Ctrl-C are there again after the test."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.getsignal(n) for n in numbers]
-    yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
+def own_start(world: World, folder: Path) -> dict:
+    """A run that each process would begin in its own way; after it, one bit changes in the second."""
+    training = train(Training(str(folder / "run"), steps=2), world, Student(float(world.rank)))
+    result = {"fixed": training.student.fixed, "weight": training.student.weight.detach().clone()}
+    if world.rank == 1:
+        training.student.weight.data[1] = torch.nextafter(result["weight"][1], torch.tensor(9.0))
+    training.step = 3
+    try:
+        training.save()
+    except UserError as error:
+        result["said"] = str(error)
+    return result
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_a_flag_and_a_ctrl_c_after_it_leaves_at_once(signals, number):
-    stop = StopSignal()
-    assert not stop.set
-    signal.raise_signal(number)
-    assert stop.set
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+def test_two_processes_begin_with_the_first_ones_weights_and_stop_when_they_come_apart(tmp_path):
+    first, second = two_processes(tmp_path, own_start, tmp_path)
+    assert torch.equal(first["weight"], second["weight"])
+    for result in first, second:
+        assert torch.equal(result["fixed"], torch.zeros(2))
+        assert result["said"] == "step 3: the processes' weights have come apart; the last checkpoint is kept"
+    assert names(tmp_path / "run") == ["log.jsonl", "step_000002"]
 
 
-# ----------------------------------------------------------------- log
+def test_any_bit_changes_the_fingerprint():
+    weights = [torch.arange(6.0).reshape(1, 1, 2, 3), torch.tensor(1.0, dtype=torch.bfloat16)]
+    one = fingerprint(weights)
+    assert one == fingerprint([weights[0].to(memory_format=torch.channels_last), weights[1]]) < 2**63
+    weights[0][0, 0, 1, 2] = torch.nextafter(weights[0][0, 0, 1, 2], torch.tensor(9.0))
+    assert fingerprint(weights) != one != fingerprint([weights[0], -weights[1]])
 
 
-def test_the_log_gains_a_line_of_json_for_each_call_and_is_never_overwritten(tmp_path):
-    for step in (1, 2):
-        Log(tmp_path / "runs", enabled=True).write(step, loss=0.5)
-        Log(tmp_path / "runs", enabled=False).write(99)
-    lines = (tmp_path / "runs" / "log.jsonl").read_text()
-    assert lines == '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.5}\n'
+def own_folder(world: World, folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        start(Training(str(folder / f"run{world.rank}")), world)
+    return str(error.value)
 
 
-def test_a_process_that_does_not_log_makes_no_file(tmp_path):
-    Log(tmp_path / "run", enabled=False).write(1)
-    assert names(tmp_path) == []
-
-
-def test_a_line_every_few_steps_holds_the_means_since_the_last(tmp_path, capsys):
-    meter = Meter(World(0, 1, torch.device("cpu")), Log(tmp_path, enabled=True), every=2, steps=5)
-    for step, batch in enumerate(meter.timed("abcde"), start=1):
-        means = meter.step(step, {"loss": torch.tensor(float(step)), "a/b": 1.0}, lr=0.1)
-        assert means == ({"loss": {2: 1.5, 4: 3.5, 5: 5.0}[step], "a/b": 1.0} if step in (2, 4, 5) else {})
-        assert batch == "abcde"[step - 1]
-    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["loss"], line["lr"], line["a/b"]) for line in logged] == [
-        (2, 1.5, 0.1, 1.0), (4, 3.5, 0.1, 1.0), (5, 5.0, 0.1, 1.0),
-    ]  # fmt: skip
-    assert all(line["steps_per_s"] > 0 and 0 <= line["data_wait"] <= 1 < 1 + line["gb"] for line in logged)
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 and printed[0].startswith("step 2/5 loss 1.5 lr 0.1") and "a/b" not in printed[0]
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_named(tmp_path, value):
-    meter = Meter(World(0, 1, torch.device("cpu")), Log(tmp_path, enabled=False), every=9, steps=9)
-    with pytest.raises(UserError, match=f"^step 3: pixel is {value}"):
-        meter.step(3, {"loss": torch.tensor(1.0), "pixel": torch.tensor(value)})
-
-
-def test_operations_are_counted_on_shapes_alone():
-    a, b = torch.empty(10, 20, device="meta"), torch.empty(20, 30, device="meta")
-    assert count_flops(lambda: a @ b) == 2 * 10 * 20 * 30 / 1e12
+def test_processes_that_see_different_checkpoints_stop_in_one_line(tmp_path):
+    train(Training(str(tmp_path / "run0"), steps=1))
+    for said in two_processes(tmp_path, own_folder, tmp_path):
+        assert "processes find different checkpoints" in said and "\n" not in said

@@ -1,42 +1,25 @@
-"""teacher.py: DOVE's steps against a slow recomputation, feature targets, and a cache that survives kills."""
+"""teacher.py: DOVE's steps against a slow recomputation, its noise on every rank, and feature targets."""
 
 import json
 import math
-import os
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 
 import teacher
-from data import DataError, TrainingClips, loader, real_clips
+from data import Sources, TrainingClips, loader, micro_batches, to_inputs
 from model import PRESETS as STUDENTS
 from model import AdcVSR, HalfDecoder, WeightsError
 from runtime import UserError, World
-from teacher import (
-    EMPTY_PROMPT,
-    PRESETS,
-    CachedClips,
-    Config,
-    DoveTeacher,
-    FeatureEncoder,
-    TeacherError,
-    load_teacher,
-    main,
-    noise,
-    write_clip,
-)
-from video import VideoWriter, read_clip, to_network, to_uint8
+from teacher import EMPTY_PROMPT, DoveTeacher, FeatureEncoder, TeacherError, load_teacher, noise
+from video import to_network
 
 ROOT = Path(teacher.__file__).parent
 SCHEDULER = dict(  # of CogVideoX1.5-5B
@@ -65,10 +48,13 @@ FULL_VAE = dict(
 
 @pytest.fixture(scope="module")
 def dove(tmp_path_factory) -> Path:
+    return write_dove(tmp_path_factory.mktemp("checkpoints"))
+
+
+def write_dove(place: Path) -> Path:
     """A DOVE checkpoint folder in the official layout, small and random, its transformer in shards."""
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
 
-    place = tmp_path_factory.mktemp("checkpoints")
     folder = place / "DOVE"
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -130,7 +116,7 @@ def cumulative_alphas() -> list[float]:
     return [((r - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2 for r in roots]
 
 
-def slow_dove(dove: DoveTeacher, clip: torch.Tensor, seed: int | None) -> torch.Tensor:
+def slow_dove(dove: DoveTeacher, clip: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     """The eight steps for one clip (t 3 h w) in [-1, 1], in the order and the ranges of DOVE itself."""
     t, _, h, w = clip.shape
     frames = [(frame + 1) * 127.5 for frame in clip]  # 0..255
@@ -144,8 +130,8 @@ def slow_dove(dove: DoveTeacher, clip: torch.Tensor, seed: int | None) -> torch.
         enlarged.append(bilinear_matrix(high) @ padded @ bilinear_matrix(wide).T)
     x = torch.stack(enlarged, dim=1)[None] / 255 * 2 - 1  # (1 3 t h w)
     z = dove.vae.encode(x).latent_dist
-    if seed is not None:
-        z = z.mean + z.std * torch.randn(z.mean.shape, generator=torch.Generator().manual_seed(seed))
+    if generator:
+        z = z.mean + z.std * torch.randn(z.mean.shape, generator=generator)
     else:
         z = z.mean
     z = z * 0.7
@@ -172,10 +158,11 @@ LONG = [
 
 @pytest.mark.parametrize(("size", "sample"), [((1, 17, 9), False), ((6, 9, 13), True), *LONG])
 def test_dove_equals_its_slow_recomputation(dove, size, sample):
-    teacher_, clip = load(dove, sample=sample), clip_of(1, *size)
-    fast = teacher_(clip, torch.Generator().manual_seed(42))
+    seed = 42 if sample else None
+    teacher_, clip = load(dove, seed=seed), clip_of(1, *size)
+    fast = teacher_(clip, torch.tensor([7]))
     with torch.no_grad():
-        slow = slow_dove(teacher_, clip[0], 42 if sample else None)
+        slow = slow_dove(teacher_, clip[0], noise(seed, 7) if sample else None)
     t, h, w = size
     assert fast.shape == (1, t, 3, 4 * h, 4 * w) and fast.abs().max() <= 1
     assert slow.std() > 0.05  # there is something to compare
@@ -183,19 +170,39 @@ def test_dove_equals_its_slow_recomputation(dove, size, sample):
 
 
 def test_each_clip_of_a_batch_is_taken_on_its_own(dove):
-    teacher_, clips = load(dove, sample=False), clip_of(2, 1, 16, 16)
-    both = teacher_(clips)
-    for one, clip in zip(both, clips):
-        torch.testing.assert_close(one, teacher_(clip[None])[0], atol=1e-5, rtol=0)
+    teacher_, clips = load(dove), clip_of(2, 1, 16, 16)
+    both = teacher_(clips, torch.tensor([5, 2]))
+    for one, clip, index in zip(both, clips, (5, 2)):
+        torch.testing.assert_close(one, teacher_(clip[None], torch.tensor([index]))[0], atol=1e-5, rtol=0)
 
 
-def test_the_posterior_follows_its_generator_alone(dove):
-    teacher_, clip = load(dove), clip_of(1, 1, 16, 16)
-    one = teacher_(clip, noise(seed=3, index=12))
+def test_the_posterior_follows_seed_and_index_alone(dove):
+    teacher_, clip, twelve = load(dove, seed=3), clip_of(1, 1, 16, 16), torch.tensor([12])
+    one = teacher_(clip, twelve)
     torch.rand(5)
-    assert torch.equal(one, teacher_(clip, noise(seed=3, index=12)))
-    others = [teacher_(clip, noise(3, 13)), teacher_(clip, noise(4, 12)), load(dove, sample=False)(clip)]
-    assert not any(torch.equal(one, other) for other in others)
+    assert torch.equal(one, teacher_(clip, twelve))
+    others = [teacher_(clip, twelve + 1), teacher_(clip), load(dove, seed=4)(clip, twelve)]
+    assert not any(torch.equal(one, other) for other in [*others, load(dove, seed=None)(clip)])
+    assert torch.equal(teacher_(clip), teacher_(clip, torch.tensor([0])))  # not told, it counts from 0
+
+
+def targets(dove: Path, rank: int, processes: int) -> dict[int, torch.Tensor]:
+    """x_T by sample, as a process of a run sees them whose teacher is in the loop."""
+    cfg, world = SimpleNamespace(steps=2, batch=4, workers=0), World(rank, processes, torch.device("cpu"))
+    clips, network, seen = TrainingClips(Sources(procedural=1, frames=1, size=64), seed=9), load(dove), {}
+    for step, batch in enumerate(loader(clips, 0, cfg, world)):
+        torch.manual_seed(hash((step, rank)))  # as training does
+        for part in map(to_inputs, micro_batches(batch, 2 // processes, world.device)):
+            seen |= dict(zip(part["index"].tolist(), network(part["lr"], part["index"])))
+    return seen
+
+
+def test_one_process_and_two_see_the_same_targets(dove):
+    alone, shared = targets(dove, 0, 1), targets(dove, 0, 2) | targets(dove, 1, 2)
+    assert alone.keys() == shared.keys() == set(range(8))
+    for index, x_t in alone.items():
+        torch.testing.assert_close(shared[index], x_t, atol=1e-5, rtol=0)
+        assert not torch.equal(x_t, alone[(index + 1) % 8])
 
 
 def test_the_step_has_the_constants_of_v_prediction_at_399(dove):
@@ -221,48 +228,63 @@ def test_the_full_size_networks_have_their_documented_parameters():
 
 def test_dove_runs_in_bfloat16_and_stays_close(dove):
     clip = clip_of(1, 1, 16, 16)
-    whole, half = (load(dove, dtype=dtype, sample=False) for dtype in (torch.float32, torch.bfloat16))
-    assert {p.dtype for p in half.parameters()} == {half.prompt.dtype} == {torch.bfloat16}
+    whole, half = (load(dove, dtype=dtype, seed=None) for dtype in (torch.float32, torch.bfloat16))
+    assert {x.dtype for x in half.buffers() if x.is_floating_point()} == {torch.bfloat16}
     assert half(clip).dtype == torch.float32
     assert (half(clip) - whole(clip)).abs().mean() < 0.02
 
 
-def test_tiles_change_how_the_vae_works_and_keep_the_size(dove):
-    clip = clip_of(2, 1, 16, 16)
-    whole, tiled = load(dove, sample=False)(clip), load(dove, sample=False, tiling=True)(clip)
-    assert whole.shape == tiled.shape and not torch.equal(whole, tiled)
+def test_the_vae_works_in_tiles_where_the_reference_does(dove):
+    """Up to the size of a tile, 48x48 here, the VAE is whole; larger frames are the reference's tiles."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    teacher_ = load(dove, seed=None)
+    whole = AutoencoderKLCogVideoX.from_pretrained(dove / "vae")
+    tiled = AutoencoderKLCogVideoX.from_pretrained(dove / "vae")
+    tiled.enable_tiling()
+    for side, equal in (48, True), (64, False):
+        clip = clip_of(1, 1, side, side)
+        x = clip.transpose(1, 2)
+        with torch.no_grad():
+            z = teacher_.encode(clip, [0]).transpose(1, 2) / 0.7
+            assert torch.equal(z, tiled.encode(x).latent_dist.mean)
+            assert torch.equal(z, whole.encode(x).latent_dist.mean) == equal
+
+
+def test_at_the_papers_size_the_reference_tiles(dove):
+    from diffusers import AutoencoderKLCogVideoX
+
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX(**FULL_VAE)
+    teacher_ = DoveTeacher(nn.Identity(), vae, None, torch.zeros(5, 24), 0)
+    assert teacher_.vae.use_tiling and teacher_.vae.use_slicing
+    assert (vae.tile_sample_min_height, vae.tile_sample_min_width) == (240, 360)  # of 512x512
 
 
 def test_one_weight_file_loads_like_many(dove, tmp_path):
-    network = load(dove)
-    network.transformer.save_pretrained(tmp_path / "DOVE" / "transformer")
-    network.vae.save_pretrained(tmp_path / "DOVE" / "vae")
-    network.scheduler.save_pretrained(tmp_path / "DOVE" / "scheduler")
-    inside = tmp_path / "DOVE" / "prompt_embeddings"
-    inside.mkdir()
-    save_file({"prompt_embedding": network.prompt.clone()}, inside / "empty.safetensors")
+    from diffusers import CogVideoXTransformer3DModel
+
+    whole = tmp_path / "DOVE"
+    CogVideoXTransformer3DModel.from_pretrained(dove / "transformer").save_pretrained(whole / "transformer")
+    for part in "vae", "scheduler":
+        (whole / part).symlink_to(dove / part)
+    (whole / "prompt_embeddings").mkdir()  # inside the folder, and under another name
+    prompt = {"prompt_embedding": load(dove).prompt.clone()}
+    save_file(prompt, whole / "prompt_embeddings" / "empty.safetensors")
+    assert len(list((whole / "transformer").glob("*.safetensors"))) == 1
     clip = clip_of(1, 1, 16, 16)
-    assert torch.equal(load(tmp_path / "DOVE")(clip, noise(0, 0)), network(clip, noise(0, 0)))
-
-
-class Parent(nn.Module):
-    def __init__(self, child: nn.Module):
-        super().__init__()
-        self.child = child
-
-
-def assert_frozen(network: nn.Module) -> None:
-    """No weight learns and no module leaves evaluation mode, whatever happens to the parent."""
-    Parent(network).train()
-    assert not any(m.training for m in network.modules())
-    assert not any(p.requires_grad for p in network.parameters())
+    assert torch.equal(load(whole)(clip), load(dove)(clip))
 
 
 def test_the_teacher_and_the_encoder_stay_frozen(dove):
+    """Whatever happens to a parent: no weight to learn, and training mode changes nothing."""
     clip = clip_of(1, 1, 16, 16).requires_grad_()
-    for network in (load(dove), FeatureEncoder.seeded(STUDENTS["tiny"])):
-        assert_frozen(network)
-        assert not network(clip).requires_grad
+    for network in load(dove), FeatureEncoder.seeded(STUDENTS["tiny"]):
+        before = network(clip)
+        parent = nn.ModuleList([network])
+        parent.train().requires_grad_(True)
+        assert not list(parent.parameters()) and not parent.state_dict()
+        assert not before.requires_grad and torch.equal(network(clip), before)
 
 
 # ----------------------------------------------------------------- folders that are not right
@@ -313,25 +335,44 @@ def test_weights_of_another_network_are_one_line(copy, capfd):
     assert "newly initialized" not in capfd.readouterr().err
 
 
-def test_an_embedding_of_the_wrong_width_or_absent_is_one_line(copy, tmp_path):
-    wide = tmp_path / "wide.safetensors"
-    save_file({"prompt_embedding": torch.zeros(5, 32)}, wide)
-    with pytest.raises(TeacherError) as error:
-        load(copy, prompt_embedding=wide)
-    assert_one_line(error, "(5, 32)", "24")
-    save_file({"something": torch.zeros(5, 24)}, wide)
-    with pytest.raises(TeacherError) as error:
-        load(copy, prompt_embedding=str(wide))
-    assert_one_line(error, "prompt_embedding")
-    (copy.parent / "prompt_embeddings" / f"{EMPTY_PROMPT}.safetensors").unlink()
+def test_an_embedding_of_the_wrong_width_or_absent_is_one_line(copy):
+    prompt = copy.parent / "prompt_embeddings" / f"{EMPTY_PROMPT}.safetensors"
+    save_file({"prompt_embedding": torch.zeros(5, 32)}, prompt)
     with pytest.raises(TeacherError) as error:
         load(copy)
-    assert_one_line(error, "prompt_embeddings/", "--prompt-embedding")
+    assert_one_line(error, "(5, 32)", "24")
+    save_file({"something": torch.zeros(5, 24)}, prompt)
+    with pytest.raises(TeacherError) as error:
+        load(copy)
+    assert_one_line(error, "prompt_embedding")
+    prompt.unlink()
+    with pytest.raises(TeacherError) as error:
+        load(copy)
+    assert_one_line(error, "no files in prompt_embeddings/", prompt.name)  # where to put it
+    for name in "one", "two":
+        save_file({"prompt_embedding": torch.zeros(5, 24)}, prompt.with_name(f"{name}.safetensors"))
+    with pytest.raises(TeacherError) as error:
+        load(copy)
+    assert_one_line(error, "2 files in prompt_embeddings/", prompt.name)
+
+
+def test_another_version_of_the_transformer_is_one_line(copy):
+    from diffusers import CogVideoXTransformer3DModel
+
+    shape = TINY_TRANSFORMER | {"patch_size_t": None, "sample_frames": 9, "patch_bias": True}
+    CogVideoXTransformer3DModel(**shape).save_pretrained(copy / "old")
+    (copy / "transformer").rename(copy / "new")
+    (copy / "old").rename(copy / "transformer")
+    with pytest.raises(TeacherError) as error:
+        load(copy)
+    assert_one_line(error, "CogVideoX 1.0", "patch_size_t")
 
 
 def test_teachers_are_gt_dove_or_results_with_a_cache(dove, tmp_path):
     assert load_teacher("gt") is None
-    assert isinstance(load_teacher(str(dove), "", "cpu", torch.float32), DoveTeacher)
+    network = load_teacher(str(dove), seed=4)
+    assert isinstance(network, DoveTeacher) and network.seed == 4
+    assert network.prompt.dtype == torch.float32  # on a CPU
     with pytest.raises(TeacherError) as error:
         load_teacher(str(tmp_path))
     assert_one_line(error, "--teacher-cache")
@@ -426,224 +467,6 @@ def test_files_that_do_not_fit_the_encoder_are_one_line(files, tmp_path):
     with pytest.raises(WeightsError) as error:
         FeatureEncoder.from_pretrained(files["vae"], tmp_path / "less.ckpt")
     assert_one_line(error, "mid_block.resnets.0.conv1.weight", "missing")
-
-
-# ----------------------------------------------------------------- the cache
-
-SMOKE = replace(PRESETS["smoke"], frames=3, size=64, clips=5)
-
-
-def make(cfg: Config, out: Path, **changes) -> Path:
-    main(replace(cfg, out=str(out), **changes))
-    return out
-
-
-def clips_of(cfg: Config, **changes) -> TrainingClips:
-    given = {"procedural": 1.0, "frames": cfg.frames, "size": cfg.size, "seed": cfg.seed, **changes}
-    return TrainingClips(None, None, **given)
-
-
-def files_of(cache: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def cached(dove, tmp_path_factory) -> Path:
-    """A cache of DOVE's results."""
-    return make(SMOKE, tmp_path_factory.mktemp("caches") / "dove", teacher=str(dove))
-
-
-def test_the_cache_holds_what_training_would_have_computed_bit_for_bit(dove, cached):
-    clips, network = clips_of(SMOKE), load(dove)
-    assert len(files_of(cached)) == 3 * 5 + 1
-    for number in (0, 4):
-        sample = clips[number]
-        x_t = to_uint8(network(to_network(sample["lr"][None]), noise(0, number)))[0]
-        for kind, clip in {"lr": sample["lr"], "hr": sample["hr"], "teacher": x_t}.items():
-            stored = read_clip(cached / kind / f"{number:08d}.mkv")
-            assert np.array_equal(stored, rearrange(clip.numpy(), "t c h w -> t h w c"))
-
-
-def test_any_colours_survive_the_file(tmp_path):
-    clip = torch.randint(0, 256, (2, 3, 20, 36), dtype=torch.uint8)
-    write_clip(tmp_path / "1.mkv", clip)
-    assert torch.equal(rearrange(torch.from_numpy(read_clip(tmp_path / "1.mkv")), "t h w c -> t c h w"), clip)
-
-
-def until(condition, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-
-
-def test_a_cache_killed_and_resumed_equals_the_straight_one_and_nothing_is_made_twice(tmp_path):
-    straight = make(SMOKE, tmp_path / "straight")
-    killed = tmp_path / "killed"
-    flags = "--preset smoke --frames 3 --clips 5 --out".split()
-    process = subprocess.Popen([sys.executable, str(ROOT / "teacher.py"), *flags, str(killed)], stderr=-1)
-    until(lambda: len(list(killed.glob("hr/0*[0-9].mkv"))) >= 2, process)
-    process.kill()
-    process.communicate()
-    before = {p: p.stat().st_mtime_ns for p in killed.rglob("*[0-9].mkv") if "partial" not in p.name}
-    assert 4 <= len(before) < 10, "the moment was missed"
-    (killed / "lr" / "00000004.partial.mkv").write_bytes(b"half a clip")  # however far the kill let it come
-    make(SMOKE, killed)
-    assert files_of(killed) == files_of(straight)
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-
-
-def test_the_shares_of_two_processes_make_the_whole_cache(tmp_path, monkeypatch):
-    straight = make(SMOKE, tmp_path / "straight")
-    for rank in range(2):
-        monkeypatch.setattr(teacher, "init_world", lambda rank=rank: World(rank, 2, torch.device("cpu")))
-        make(SMOKE, tmp_path / "shared")
-        assert len(list((tmp_path / "shared" / "hr").iterdir())) == (3, 5)[rank]
-    assert files_of(straight) == files_of(tmp_path / "shared")
-
-
-@pytest.mark.slow
-def test_torchrun_makes_the_same_cache_as_one_process(dove, cached, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = ["--preset", "smoke", "--frames", "3", "--clips", "5", "--teacher", str(dove)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, str(ROOT / "teacher.py"), *flags, "--out", str(tmp_path / "two")]
-    subprocess.run(command, check=True, env=environment)
-    assert files_of(tmp_path / "two") == files_of(cached)
-
-
-def test_a_cache_of_other_settings_is_refused_and_left_alone(cached, dove):
-    before = files_of(cached)
-    with pytest.raises(TeacherError) as error:
-        make(SMOKE, cached, teacher=str(dove), size=32, seed=1)
-    assert_one_line(error, "size was 64, now 32", "seed was 0, now 1")
-    with pytest.raises(TeacherError) as error:
-        make(SMOKE, cached)
-    assert_one_line(error, "teacher was DOVE, now gt")
-    assert files_of(cached) == before
-
-
-def test_a_full_disk_is_one_line_and_leaves_no_half_clip(tmp_path):
-    make(SMOKE, tmp_path / "cache", clips=1)
-    (tmp_path / "cache" / "hr" / "00000000.mkv").unlink()
-    kept = files_of(tmp_path / "cache")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))  # the system refuses larger files
-    try:
-        with pytest.raises(UserError) as error:
-            make(SMOKE, tmp_path / "cache", clips=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_one_line(error, "00000000.mkv", "cannot be written")
-    assert files_of(tmp_path / "cache") == kept
-
-
-# ----------------------------------------------------------------- training from the cache
-
-
-def test_cached_samples_are_those_of_training_with_a_target(dove, cached):
-    clips = CachedClips(cached, clips_of(SMOKE, real_types=True, seed=7), str(dove))
-    batch = next(iter(loader(clips, 0, 1, rank=0, world=1, batch=2, workers=0)))
-    plain = next(iter(loader(clips.clips, 0, 1, rank=0, world=1, batch=2, workers=0)))
-    assert batch.keys() == plain.keys() | {"target"}
-    shapes = {"lr": (2, 3, 3, 16, 16), "hr": (2, 3, 3, 64, 64), "target": (2, 3, 3, 64, 64)}
-    assert {k: tuple(batch[k].shape) for k in shapes} == shapes
-    assert all(batch[k].dtype == torch.uint8 for k in shapes)
-    for name, clip in real_clips(plain).items():  # from the source files, as without a cache
-        assert torch.equal(real_clips(batch)[name], clip)
-
-
-def test_a_cached_sample_is_a_function_of_seed_and_index(dove, cached):
-    clips, again, other = (CachedClips(cached, clips_of(SMOKE, seed=s), str(dove)) for s in (0, 0, 1))
-    indices = range(6)
-    assert all(torch.equal(clips[i]["lr"], again[i]["lr"]) for i in indices[::-1])
-    assert any(not torch.equal(clips[i]["lr"], other[i]["lr"]) for i in indices)
-
-
-def unflipped(clip: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The eight ways in which a clip (t c h w) can have been flipped."""
-    for k in range(8):
-        flipped = clip.flip([axis for bit, axis in ((1, 2), (2, 3)) if k & bit])
-        yield flipped.transpose(2, 3) if k & 4 else flipped
-
-
-def test_a_pass_shows_every_clip_once_flipped_alike_in_lr_hr_and_target(dove, cached):
-    clips, seen, ways = CachedClips(cached, clips_of(SMOKE), str(dove)), [], set()
-    stored = [[clips.read(kind, f"{n:08d}") for kind in ("lr", "hr", "target")] for n in range(5)]
-    for index in range(15):
-        sample = clips[index]
-        triple = [sample[kind] for kind in ("lr", "hr", "target")]
-        for number, way in np.ndindex(5, 8):
-            if torch.equal(list(unflipped(stored[number][1]))[way], triple[1]):
-                seen.append(number)
-                ways.add(way)
-                assert all(torch.equal(list(unflipped(a))[way], b) for a, b in zip(stored[number], triple))
-        small = nn.functional.avg_pool2d(sample["hr"].float(), 4)
-        pair = torch.stack([small.flatten(), sample["lr"].float().flatten()])
-        assert torch.corrcoef(pair)[0, 1] > 0.5
-    assert [sorted(seen[k : k + 5]) for k in range(0, 15, 5)] == [list(range(5))] * 3
-    assert len(ways) > 4
-
-
-def test_without_a_teacher_the_target_is_hr(tmp_path):
-    sample = CachedClips(make(SMOKE, tmp_path / "gt"), clips_of(SMOKE), "gt")[3]
-    assert torch.equal(sample["target"], sample["hr"])
-
-
-def test_an_incomplete_cache_is_used_as_far_as_it_goes_and_an_empty_one_refused(tmp_path, capsys):
-    cache = make(SMOKE, tmp_path / "gt")
-    for number in (0, 3):
-        (cache / "hr" / f"{number:08d}.mkv").unlink()
-    (cache / "hr" / "00000000.partial.mkv").touch()
-    capsys.readouterr()
-    clips = CachedClips(cache, clips_of(SMOKE), "gt")
-    assert clips.names == ["00000001", "00000002", "00000004"]
-    assert capsys.readouterr().out.count("\n") == 1
-    for file in (cache / "lr").iterdir():
-        file.unlink()
-    with pytest.raises(TeacherError) as error:
-        CachedClips(cache, clips_of(SMOKE), "gt")
-    assert_one_line(error, "no clip is in all of them")
-
-
-def test_settings_that_change_the_clips_must_be_those_of_the_cache(dove, cached, tmp_path):
-    with pytest.raises(TeacherError) as error:
-        other = clips_of(SMOKE, frames=4, size=32, degradation="dove", stride=2, sharpen=True)
-        CachedClips(cached, other, "elsewhere/STAR")
-    assert_one_line(error, "frames", "size", "degradation", "stride", "sharpen", "teacher was DOVE, now STAR")
-    sample = CachedClips(cached, clips_of(SMOKE), "gt")[3]  # every cache has HR and LR
-    assert torch.equal(sample["target"], sample["hr"])
-    with pytest.raises(TeacherError) as error:
-        CachedClips(tmp_path, clips_of(SMOKE), "gt")
-    assert_one_line(error, "not a cache")
-    CachedClips(cached, clips_of(SMOKE, seed=5), str(dove))  # the seed only orders them
-
-
-def write_results(cached: Path, folder: Path, suffix: str, frames: int = 3) -> None:
-    """Another method's results: CACHE/lr with every pixel repeated."""
-    folder.mkdir()
-    for path in sorted((cached / "lr").iterdir()):
-        big = read_clip(path)[:frames].repeat(4, axis=1).repeat(4, axis=2)
-        with VideoWriter(folder / f"{path.stem}{suffix}", 64, 64, rate=25) as writer:
-            for frame in big:
-                writer.write(frame)
-
-
-@pytest.mark.parametrize("suffix", ["", ".mp4"], ids=["folders of frames", "videos"])
-def test_another_methods_results_become_the_targets(cached, tmp_path, suffix):
-    write_results(cached, tmp_path / "seedvr2", suffix)
-    sample = CachedClips(cached, clips_of(SMOKE), str(tmp_path / "seedvr2"))[1]
-    expected = sample["lr"].repeat_interleave(4, 2).repeat_interleave(4, 3)
-    difference = (sample["target"].float() - expected.float()).abs().mean()
-    assert difference == 0 if suffix == "" else difference < 12  # H.264 loses a little
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_result_of_the_wrong_length_is_one_line_naming_the_clip(cached, tmp_path, workers):
-    write_results(cached, tmp_path / "short", "", frames=2)
-    clips = CachedClips(cached, clips_of(SMOKE), str(tmp_path / "short"))
-    with pytest.raises(DataError) as error:
-        next(iter(loader(clips, 0, 1, rank=0, world=1, batch=1, workers=workers)))
-    assert_one_line(error, "short/0000000", "2 frames of 64x64", "expected 3")
 
 
 @pytest.mark.slow

@@ -128,6 +128,19 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch():
     assert gains[0] == pytest.approx(gains[1], abs=1e-12) and gains[0] != 1
 
 
+def test_unequal_micro_batches_weigh_by_their_clips():
+    """Three clips as 2 + 1 are three clips at once: losses and gradient."""
+    torch.manual_seed(0)
+    batch = {"lr": torch.rand(3, 2, 3, 8, 8).double(), "hr": torch.rand(3, 2, 3, 32, 32).double()}
+    batch["hr"][2] += 1
+    results = []
+    for size in 3, 2, 1:
+        student = Gain().double()
+        losses = update(student, micro_batches(batch, size, torch.device("cpu")), PIXELS)
+        results.append([student.gain.item(), losses["loss"].item(), losses["pixel"].item()])
+    assert results[0] == pytest.approx(results[1], abs=1e-12) == pytest.approx(results[2], abs=1e-12)
+
+
 def test_a_cached_target_or_a_teacher_stands_in_for_hr():
     clip = {"lr": torch.zeros(1, 2, 3, 8, 8), "hr": torch.zeros(1, 2, 3, 32, 32)}
     assert update(Gain(), [clip])["pixel"] == 0
