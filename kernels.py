@@ -81,7 +81,7 @@ def normalised(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, silu: bool) -
 def normalise(
     x, gamma, beta, bias, groups: int, eps: float, silu: bool, out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `normalised` says, written to out (n c h w); also the table (n 3 c) that the backward pass needs."""
+    """What `normalised` says, written to out (n c h w); and the table (n 3 c) for the way back."""
     n, c, rows = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     table = x.new_empty(n, 3, c, dtype=torch.float32)
     if x.numel():
