@@ -8,7 +8,8 @@ Paper: Sec. 4.1 (OpenVid-1M videos, LSDIR images, RealBasicVSR degradation, 25 f
 
 A sample is a pure function of (seed, stage, global sample index): each draw comes from a generator seeded
 with these and its purpose. Ranks take slices of the index, so processes, workers and restarts change no
-sample. Points are complex numbers, x + iy in pixels: turn z + shift zooms by |turn|, rotates by its angle.
+sample.
+
 Points are complex numbers, x + iy in pixels: turn z + shift zooms by |turn|, rotates by its angle and shifts.
 """
 
@@ -34,7 +35,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from degrade import SCALE, degrade, one_thread
-from runtime import UserError, World, complete
+from runtime import UserError, World, complete, explained
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, read_clip, to_clip, to_network
 
 # Choice: all of these; the paper says neither how clips and crops are drawn nor how photos are used.
@@ -96,7 +97,7 @@ def generator(*key: int) -> Generator:
 
 NOT_HR = {"X2", "X3", "X4", "val1"}  # LSDIR's bicubic LR images and its validation images
 INDEXES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adcvsr"
-INDEXED = 10_000  # files from which on a list of them is kept there
+INDEXED = 10_000  # files, from which on a list of them is kept there
 
 
 class Files(Sequence):
@@ -138,7 +139,7 @@ def kept_files(index: Path, source: Path) -> Files | None:
     """What `read_files` has kept, unless something has changed since."""
     with suppress(OSError, ValueError):
         times = json.loads(index.with_suffix(".json").read_text())
-        if all(os.stat(place).st_mtime_ns == time for place, time in times.items()):
+        if all(os.stat(place).st_mtime_ns == then for place, then in times.items()):
             return Files(top_folder(source), np.memmap(index, np.uint8, "r"))
     return None
 
@@ -147,11 +148,9 @@ def read_files(index: Path, source: Path, suffixes: set[str]) -> Files:
     """The files, read; kept if they are many and nothing has changed in the last seconds: the clocks of file
     systems may be too coarse to tell."""
     times: dict[str, int] = {}
-    try:
+    way_out = "Name a folder, a list (.txt) or OpenVid-1M's CSV, with its column 'video'"
+    with explained(f"{source}: cannot be read", way_out, DataError, (OSError, ValueError, csv.Error)):
         names = [name for name in names_in(source, times) if os.path.splitext(name)[1].lower() in suffixes]
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or "not a text file or no column 'video'"
-        raise DataError(f"{source}: {reason}; name a folder, a list (.txt) or OpenVid-1M's CSV") from None
     names.sort(key=lambda name: (name_hash(name), name))
     packed = b"".join(os.fsencode(name) + b"\0" for name in names if os.path.basename(name)[0] != ".")
     if len(names) >= INDEXED and time.time_ns() - max(times.values()) > 2_000_000_000:
@@ -346,7 +345,8 @@ class TrainingClips(torch.utils.data.Dataset):
         return {"lr": to_clip(degrade(hr, self.rng(index, DEGRADE))), "hr": to_clip(hr)}
 
     def real(self, index: int) -> dict[str, Tensor | np.ndarray]:
-        """The real clips of Eq. 5, drawn independently of the pair."""
+        """The real clips of Eq. 5."""
+        # Choice: drawn independently of the pair; to take its HR where that is a video saves 13 % of loading.
         unrelated = [self.draw(self.images, 1, index, IMAGES, k)[0] for k in range(self.frames)]
         return {
             "video": to_clip(self.draw(self.videos, self.frames, index, VIDEO)),

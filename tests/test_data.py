@@ -236,7 +236,7 @@ def test_bad_places_are_one_line_each(tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.mp4").write_bytes(b"junk")
     for place, says in (("absent", "No such file"), ("empty", "nothing to train on"),
-                        ("OpenVid-1M.csv", "no column 'video'"), ("bad", "can be used")):  # fmt: skip
+                        ("OpenVid-1M.csv", "column 'video'"), ("bad", "can be used")):  # fmt: skip
         with pytest.raises(UserError) as error:
             clips_of(tmp_path / place)[0]
         assert says in one_line(error) and place in one_line(error)
