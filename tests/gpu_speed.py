@@ -1,4 +1,6 @@
-"""One run on one GPU, about five minutes: python bench_gpu_draft.py [GROUP ...]; JSON into $OUT.
+"""What kernels.py gains in model.py, on one GPU in five minutes: python tests/gpu_speed.py [GROUP ...]
+
+It puts the changes into the network itself, one after the other; tables as JSON into $OUT where that is set.
 
 Each group is a process of its own with a time limit: what fails or hangs costs only itself.
 
@@ -27,11 +29,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import kernels
-import model
-from model import PRESETS, SCALE, AdcVSR
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-ROOT = Path(__file__).parent
+import kernels  # noqa: E402
+import model  # noqa: E402
+from model import PRESETS, SCALE, AdcVSR  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 LIMITS = {"correct": 120, "network": 120, "train": 150, "layers": 70, "others": 80}  # seconds
 ON_GPU = torch.cuda.is_available() and not kernels.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
