@@ -12,8 +12,8 @@ computed in float32 and rounded once, the same numbers in every run. `fused` dec
 run; elsewhere (CPU, MPS, no Triton) two plain lines of torch do, and say what the kernels compute.
 To a kernel a picture, channels-last in memory, is rows of c channels, one row for each position.
 `fold_upsampling` and `stack_linears` make layers cheaper at load time, exactly; they need no kernel.
-model.py does not call them yet: they equal torch's layers in Triton's interpreter and compile for Hopper GPUs,
-but have still to run on one (tests/test_kernels.py and tests/gpu_speed.py do, where there is one).
+model.py does not call them yet: they equal torch's layers in Triton's interpreter and compile for Hopper, but
+have still to run on one (tests/test_kernels.py and tests/gpu_speed.py do, where there is one).
 """
 
 from __future__ import annotations
