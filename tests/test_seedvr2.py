@@ -593,7 +593,7 @@ def test_wrong_folders_are_named_in_one_line(folder):
     text.write_bytes(b"no pickle")
     assert "not a prompt embedding" in message()
     text.unlink()
-    assert "no pos_emb.pt" in message() and "inside or beside it" in message()
+    assert "no pos_emb.pt" in message() and "in it or beside it" in message()
     torch.save(torch.randn(5, 48), text)
 
     whole = vae.read_bytes()
