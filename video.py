@@ -63,7 +63,8 @@ X264 = {"x264-params": "stitchable=1:mbtree=0"}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
-BT2020 = 9  # H.273: the matrix
+PYAV = int(av.__version__.partition(".")[0])
+HDR_MATRIX = 9 if PYAV >= 18 else BT709  # H.273: that of BT.2020; PyAV 17 takes it for BT.601 where it writes
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
 # swscale's default darkens coloured photos by 0.9 to 1.4 levels; with both flags their mean is exact to 0.04.
 ACCURATE = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT: PyAV names them from 18 on
@@ -147,7 +148,7 @@ class Frame:
 
 
 # Titles that are not UTF-8 are no reason to refuse a file. PyAV 19 never does, and dropped the option.
-_LENIENT = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+_LENIENT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 
 def _open_container(path: Path, name: str) -> InputContainer:
@@ -291,10 +292,9 @@ class VideoReader:
         if aspect not in (None, 0, 1):
             self.aspect = 1 / aspect if self._quarters % 2 else aspect
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
-        codec = stream.codec_context  # frames have told it since PyAV 17 only
-        transfer = HDR_TRANSFERS.get(int(codec.color_trc))
+        transfer = HDR_TRANSFERS.get(int(first.color_trc))
         if transfer:
-            self.hdr = BT2020, int(codec.color_primaries), int(codec.color_trc)
+            self.hdr = HDR_MATRIX, int(first.color_primaries), int(first.color_trc)
         notes = {
             f"rotated upright by {abs(first.rotation)} degrees": first.rotation,
             "interlaced source; deinterlace first (ffmpeg -vf bwdif)": first.interlaced_frame,
