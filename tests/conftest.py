@@ -1,4 +1,4 @@
-"""Settings of every test: what our own files use must not be about to be removed from the packages it is of."""
+"""Settings of every test: our own files use nothing that is about to be removed from a package."""
 
 from pathlib import Path
 
