@@ -1,4 +1,4 @@
-"""AdcVSR's idea on a small pretrained 2D network (paper Sec. 3.2, in small): what `infer.py` runs by default.
+"""AdcVSR's idea on a small pretrained 2D network (paper Sec. 3.2, in small): --preset compact of both stages.
 
     lr (b t 3 h w) --(conv, PReLU) x 33, a TemporalBlock after every fourth--> features (b t 64 h w)
                    --conv, pixel shuffle--> + nearest x4 of lr --> sr (b t 3 4h 4w)

@@ -81,7 +81,7 @@ class Config(Settings, Teacher, Data):
     lambda_adv: float = 1.0                 # weight of the adversarial losses in both         Paper: Eq. 2, 3
 
 
-LIGHT, LITE = "convnext_base.clip_laion2b", "efficientnet_lite0"  # backbones for a small card, for a CPU
+LIGHT, LITE = "convnext_base.clip_laion2b", "efficientnet_lite0"  # for a small card, for a CPU
 PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "preset":         ("24gb",    "compact",     "tiny",       "smoke"),
     "init":           (None,      None,          None,         "runs/smoke/stage1"),
@@ -90,7 +90,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     # with noise.
     "domains":        (None,      ("pixel",),    ("pixel",),   None),
     "heads":          (None,      None,          (48, 16),     (48, 16)),
-    "backbone":       (LIGHT,     LITE,          "tiny",       "tiny"),  # 24gb: light enough for one such card
+    "backbone":       (LIGHT,     LITE,          "tiny",       "tiny"),
     # smoke: odd maps are not bit for bit the same in bfloat16
     "shift":          (None,      7,             7,            None),
     "teacher":        (None,      "gt",          "gt",         "gt"),
