@@ -1,4 +1,4 @@
-"""Settings of every test: what our own files use must not be about to be removed from the packages it is of."""
+"""Settings of every test: nothing that our own files use is about to be removed from Python or a package."""
 
 from pathlib import Path
 
