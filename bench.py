@@ -230,8 +230,9 @@ def table1(args: Args) -> dict[str, float]:
     for name, (billions, paper) in PAPER.items():
         make = {"DOVE": dove, "SeedVR2": seedvr2, "AdcVSR": adcvsr}.get(name, adcsr)
         with torch.device("meta"):
-            counted = make("full").net if name == "SeedVR2" else make("full")  # of that not the VAE
-            size = weights_of(counted) + T5 * (name == "DOVE")
+            counted = make("full")
+        counted = counted.net if name == "SeedVR2" else counted  # its VAE is not in the paper's number
+        size = weights_of(counted) + T5 * (name == "DOVE")
         with torch.device(DEVICE), torch.no_grad():
             net = make(preset).to(DEVICE, torch.bfloat16).eval()
             pieces = lr.split(1 if name.endswith("frame by frame") else t, dim=1)

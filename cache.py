@@ -1,13 +1,14 @@
 """The teacher's videos on disk, made once: a call of DOVE costs eight times the student's.
 
-    torchrun --nproc_per_node=8 cache.py --teacher PATH_TO_DOVE --videos FOLDER --images FOLDER    or SeedVR2's
+    torchrun --nproc_per_node=8 cache.py --teacher PATH_TO_DOVE --videos FOLDER --images FOLDER
     python cache.py --preset tiny --videos FOLDER --images FOLDER      HR is its own teacher
 
     CACHE/lr/00000012.mkv   hr/00000012.mkv   teacher/00000012.mkv   cache.json
 
-Each process makes its share; the same command again resumes. Training with `--teacher-cache CACHE` takes the
-clips or random pieces of them. Another method becomes the teacher by running it on CACHE/lr: its results,
-clips or folders of frames under the same names, are `--teacher FOLDER --teacher-cache CACHE` in training.
+Or PATH_TO_SEEDVR2. Each process makes its share; the same command again resumes. Training with
+`--teacher-cache CACHE` takes the clips or random pieces of them. Another method becomes the teacher by
+running it on CACHE/lr: its results, clips or folders of frames under the same names, are `--teacher FOLDER
+--teacher-cache CACHE` in training.
 
 Clips are FFV1 RGB, which loses nothing: 5.1 MB for 25 frames of 512x512 (raw 19.7, PNG 9.0, lossless H.264
 4.8 to 8.9), written in 0.26 s and read in 0.35 s of one core. With their LR that is 11 GB for 1,000 clips.

@@ -572,7 +572,7 @@ def best_shift(frames: Iterable[dict[str, np.ndarray]]) -> tuple[int, int, float
         h, w = (size - 2 * REACH for size in pred.shape)
         moved = gt.unfold(0, h, 1).unfold(1, w, 1)  # (dy dx h w), a view
         errors = errors + (moved - pred[REACH:-REACH, REACH:-REACH]).square().mean((-2, -1))
-    dy, dx = (int(place) - REACH for place in np.unravel_index(errors.argmin(), errors.shape))
+    dy, dx = (place - REACH for place in divmod(int(errors.argmin()), errors.shape[1]))
     return dx, dy, 10 * torch.log10(errors[REACH, REACH] / errors.min()).item()
 
 

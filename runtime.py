@@ -329,11 +329,11 @@ MEASURED = 3  # steps of a dry run
 class Run:
     """All that surrounds the steps of a training and has nothing to do with the paper.
 
-        run = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
-        for step, batch in run.steps(lambda done: ...):  # seeds; behind each step saves, or stops if asked to
-            run.log(train_step(...))
-            if run.due:
-                run.note(**validate(...))
+        training = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
+        for step, batch in training.steps(lambda done: ...):  # seeds; behind each step saves, or stops
+            training.log(train_step(...))
+            if training.due:
+                training.note(**validate(...))
 
     cfg: `Settings` and more. student: has save_pretrained and from_pretrained. optimiser: the student's.
     parts: other networks and optimisers. All processes begin with the first's weights. Raises `UserError`.

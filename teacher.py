@@ -9,6 +9,7 @@ A call of DOVE costs eight times the student's, so its videos are best made once
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors.torch import load_file
@@ -204,7 +204,7 @@ class SeedVR2Teacher(nn.Module):
     """SeedVR2 in its one step: lr (b t 3 h w) -> x_T (b t 3 4h 4w), both in [-1, 1]. Any h, w, t >= 1.
 
     txt (m c): the embedding of its one prompt; seed: of the noise. The official script may lay the input's
-    low frequencies over the output's.  # Choice: not here, or the student would learn the input's colour cast.
+    low frequencies over the output's.  # Choice: not here, or students learn the colour cast of LR.
     """
 
     MULTIPLE = 16  # of the sides: a token is 2 x 2 latents of 8 x 8 pixels
@@ -229,7 +229,8 @@ class SeedVR2Teacher(nn.Module):
         """
         if generator is None and noise is None:
             index = range(len(lr)) if index is None else index.tolist()
-            return torch.cat([self(clip[None], generator=noise_of(self.seed, i)) for clip, i in zip(lr, index)])
+            generators = [noise_of(self.seed, i) for i in index]
+            return torch.cat([self(clip[None], generator=g) for clip, g in zip(lr, generators)])
         t, _, h, w = lr.shape[1:]
         z = self.vae.encode(self.enlarge(lr), generator)                      # (b k+1 16 h' w')
         if noise is None:
@@ -343,7 +344,7 @@ def load_teacher(
     dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
     kind = SeedVR2Teacher if is_seedvr2(teacher) else DoveTeacher
     network = kind.from_pretrained(teacher, dtype, seed).to(device)
-    if not (dist.is_initialized() and dist.get_rank()):
+    if os.environ.get("RANK", "0") == "0":
         gb = sum(weights.nbytes for weights in network.buffers()) / 1e9
         print(f"{teacher}: {kind.__name__}, {gb:.3g} GB of weights on {device}", flush=True)
     return network

@@ -206,7 +206,7 @@ def stage_one(init: str) -> Path:
     return folder
 
 
-def settings(argv: list[str] | None = None) -> Config:
+def configure(argv: list[str] | None = None) -> Config:
     """The command line's settings; what it leaves open of the data and the task is as it was in stage 1."""
     cfg = parse(PRESETS, __doc__, argv)
     folder = stage_one(cfg.init)
@@ -291,4 +291,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(settings()))
+    run(lambda: main(configure()))

@@ -1,4 +1,4 @@
-"""Settings of every test: nothing that our own files use is about to be removed from Python or a package."""
+"""Settings of every test: our own files use nothing that is about to be removed from a package."""
 
 from pathlib import Path
 

@@ -4,9 +4,14 @@ The golden file was made with the official code, in float32, at random weights u
 of it lies beside this file; all of it is `../shared/data/seedvr2_golden.pt`.
 """
 
+import json
 import random
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange, repeat
@@ -14,10 +19,15 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import InterpolationMode, resize
 
+import train_stage1
+import train_stage2
+from cache import CachedClips
+from data import Sources, TrainingClips
 from model import WeightsError
-from runtime import UserError
+from runtime import UserError, newest_checkpoint
 from seedvr2 import LATENT_SCALE, PRESETS, NaDiT, VideoVAE, restore, window_size, windows
-from teacher import SeedVR2Teacher, is_results, load_teacher
+from teacher import SeedVR2Teacher, is_results, load_teacher, noise_of
+from video import read_clip, to_frames, to_network, to_uint8
 
 WHOLE = Path(__file__).parents[2] / "shared" / "data" / "seedvr2_golden.pt"
 CUT = Path(__file__).with_name("seedvr2_golden.pt")
@@ -64,7 +74,7 @@ def small(name: str, seed: int = 0, **sizes) -> NaDiT:
 
 def small_vae(seed: int = 0) -> VideoVAE:
     torch.manual_seed(seed)
-    return VideoVAE(widths=(8, 8, 16, 16), groups=2).requires_grad_(False)
+    return VideoVAE(widths=(8, 8, 16, 16), groups=4).requires_grad_(False)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
@@ -375,14 +385,16 @@ def test_file_without_rotation_tables_is_complete(tmp_path):
 
 def test_vae_file_with_new_or_old_names_of_the_attention(tmp_path):
     torch.manual_seed(0)
-    vae, x = VideoVAE(widths=(8, 8, 16, 16), groups=2), clip(1, 5)
+    vae, x = VideoVAE(widths=(8, 8, 16, 16), groups=4), clip(1, 5)
     old = vae.state_dict()
     for new, name in OLD_NAMES.items():
         old = {k.replace(f"attentions.0.{new}", f"attentions.0.{name}"): v for k, v in old.items()}
     assert len(old.keys() - vae.state_dict().keys()) == 16
     for state in (vae.state_dict(), old):
         torch.save(state, tmp_path / "ema_vae.pth")
-        assert torch.equal(VideoVAE.from_file(tmp_path / "ema_vae.pth").encode(x), vae.encode(x))
+        again = VideoVAE.from_file(tmp_path / "ema_vae.pth")
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vae.parameters(), strict=True))
+        assert close(again.encode(x), vae.encode(x), 1e-5)
 
 
 def test_files_that_do_not_fit_are_named_in_one_line(tmp_path):
@@ -443,7 +455,7 @@ def test_teacher_is_the_pipeline_written_out():
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 5, 7), (2, 4, 4), (4, 3, 9), (5, 8, 8), (9, 4, 5)])
 def test_teacher_takes_any_clip(shape):
     t, h, w = shape
-    x_t = seedvr2()(clip(1, t, h, w), seeded(0))
+    x_t = seedvr2()(clip(1, t, h, w))
     assert x_t.shape == (1, t, 3, 4 * h, 4 * w) and x_t.dtype == torch.float32
     assert x_t.isfinite().all() and x_t.abs().max() <= 1
 
@@ -452,7 +464,7 @@ def test_teacher_pads_and_cuts():
     """In time with the last frame, at the sides by reflection of the enlarged clip."""
     teacher, lr = seedvr2(), clip(1, 3, 4, 8)
     longer = torch.cat([lr, repeat(lr[:, -1], "b c h w -> b n c h w", n=2)], dim=1)
-    assert torch.equal(teacher(lr, seeded(0)), teacher(longer, seeded(0))[:, :3])
+    assert torch.equal(teacher(lr), teacher(longer)[:, :3])
     x = teacher.enlarge(clip(1, 1, 3, 5))
     assert x.shape == (1, 1, 3, 16, 32)
     assert torch.equal(x[..., 12:16, :], x[..., 7:11, :].flip(-2))
@@ -463,6 +475,37 @@ def test_teachers_batch_of_two_clips_is_two_batches_of_one():
     teacher, lr, noise = seedvr2("7b"), clip(2, 5, 8, 12), torch.randn(2, 2, 4, 6, 16, generator=seeded(1))
     one_by_one = [teacher(lr[i : i + 1], noise=noise[i : i + 1]) for i in range(2)]
     assert close(teacher(lr, noise=noise), torch.cat(one_by_one), 1e-4)
+
+
+def test_noise_of_a_sample_follows_seed_and_index_alone():
+    """Whatever stands beside it in a batch, so that one process and eight see the same targets."""
+    teacher, lr, index = seedvr2(), clip(2, 1, 8, 8), torch.tensor([5, 2])
+    both = teacher(lr, index)
+    torch.rand(5)
+    for i in range(2):
+        assert torch.equal(both[i], teacher(lr[i : i + 1], index[i : i + 1])[0])
+        assert torch.equal(both[i], teacher(lr[i : i + 1], generator=noise_of(0, int(index[i])))[0])
+    assert not torch.equal(both, teacher(lr, index + 1))
+    assert torch.equal(teacher(lr), teacher(lr, torch.tensor([0, 1])))  # not told, it counts from 0
+    teacher.seed = 1
+    assert not torch.equal(both, teacher(lr, index))
+
+
+def test_given_noise_alone_goes_with_the_posteriors_mean():
+    teacher, lr, noise = seedvr2(), clip(1, 1, 8, 8), torch.randn(1, 1, 4, 4, 16, generator=seeded(1))
+    mean, sample = teacher(lr, noise=noise), teacher(lr, noise=noise, generator=seeded(2))
+    assert torch.equal(mean, teacher(lr, noise=noise)) and not torch.equal(mean, sample)
+    with torch.no_grad():
+        blur = rearrange(teacher.vae.encode(teacher.enlarge(lr), seeded(2)), "b t c h w -> b t h w c")
+        z0 = restore(teacher.net, blur, noise, teacher.txt)
+    expected = teacher.vae.decode(rearrange(z0, "b t h w c -> b t c h w")).clamp(-1, 1)
+    assert torch.equal(sample, expected)
+
+
+def test_teacher_never_learns():
+    teacher = seedvr2()
+    assert not list(teacher.parameters()) and not teacher.training
+    assert not teacher(clip(1, 1, 4, 4)).requires_grad
 
 
 def test_teacher_draws_posterior_then_noise_as_the_official_code():
@@ -477,15 +520,13 @@ def test_teacher_draws_posterior_then_noise_as_the_official_code():
     noise = torch.randn_like(blur[0])[None]
     z0 = restore(teacher.net, blur, noise, teacher.txt)
     expected = teacher.vae.decode(rearrange(z0, "b t h w c -> b t c h w")).clamp(-1, 1)
-    assert close(teacher(lr, seeded(5)), expected, 1e-4)
-    torch.manual_seed(5)
-    assert close(teacher(lr), expected, 1e-4)
+    assert close(teacher(lr, generator=seeded(5)), expected, 1e-4)
 
 
 def test_teacher_in_half_precision():
     teacher, lr = seedvr2("7b"), clip(1, 5, 8, 8)
-    exact = teacher(lr, seeded(0))
-    rounded = teacher.to(torch.bfloat16)(lr, seeded(0))
+    exact = teacher(lr)
+    rounded = teacher.to(torch.bfloat16)(lr)
     assert rounded.dtype == torch.float32 and (rounded - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
@@ -496,24 +537,27 @@ def folder(tmp_path) -> Path:
     folder.mkdir()
     torch.save(small("3b", area=AREA).state_dict(), folder / "seedvr2_ema_3b.pth")
     torch.manual_seed(0)
-    torch.save(VideoVAE((8, 8, 16, 16), 2).half().state_dict(), folder / "ema_vae.pth")
+    torch.save(VideoVAE((8, 8, 16, 16), 4).half().state_dict(), folder / "ema_vae.pth")
     torch.save(torch.randn(5, 48).bfloat16(), folder / "pos_emb.pt")
     return folder
 
 
-def test_folder_makes_the_teacher(folder):
+def test_folder_makes_the_teacher(folder, capsys):
     lr = clip(1, 5, 8, 8)
-    teacher = load_teacher(str(folder), dtype=torch.float32)
-    assert isinstance(teacher, SeedVR2Teacher)
+    teacher = load_teacher(str(folder), seed=4)
+    assert isinstance(teacher, SeedVR2Teacher) and teacher.seed == 4
+    gb = sum(x.nbytes for x in teacher.buffers()) / 1e9
+    assert capsys.readouterr().out == f"{folder}: SeedVR2Teacher, {gb:.3g} GB of weights on cpu\n"
+    teacher.seed = 0
     expected = SeedVR2Teacher(small("3b", area=AREA), small_vae().half().float(), teacher.txt)
-    assert torch.equal(teacher(lr, seeded(0)), expected(lr, seeded(0)))
+    assert torch.equal(teacher(lr), expected(lr))
     (folder / "pos_emb.pt").rename(folder.parent / "pos_emb.pt")
     sharp = folder / "seedvr2_ema_3b_sharp.pth"
     torch.save(small("3b", seed=1).state_dict(), sharp)
     again = SeedVR2Teacher.from_pretrained(folder, torch.float32)
-    assert torch.equal(again(lr, seeded(0)), expected(lr, seeded(0)))
+    assert torch.equal(again(lr), expected(lr))
     named = SeedVR2Teacher.from_pretrained(sharp, torch.float32)
-    assert not torch.equal(named(lr, seeded(0)), expected(lr, seeded(0)))
+    assert not torch.equal(named(lr), expected(lr))
 
 
 def test_teachers_are_told_apart_by_what_is_in_their_folders(tmp_path):
@@ -549,7 +593,7 @@ def test_wrong_folders_are_named_in_one_line(folder):
     text.write_bytes(b"no pickle")
     assert "not a prompt embedding" in message()
     text.unlink()
-    assert "no pos_emb.pt" in message() and "--prompt-embedding" in message()
+    assert "no pos_emb.pt" in message() and "in it or beside it" in message()
     torch.save(torch.randn(5, 48), text)
 
     whole = vae.read_bytes()
@@ -586,3 +630,43 @@ def test_many_step_weights_are_refused_by_name(folder):
     assert refused()
     torch.save(weights, one_step)
     assert isinstance(load_teacher(str(folder), dtype=torch.float32), SeedVR2Teacher)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Its videos in training
+
+
+def test_cache_of_its_videos_is_a_command_and_holds_what_training_would_compute(folder, tmp_path):
+    out, script = tmp_path / "cache", Path(train_stage1.__file__).with_name("cache.py")
+    flags = "--preset smoke --frames 3 --size 64 --clips 2 --teacher".split() + [str(folder)]
+    subprocess.run([sys.executable, str(script), *flags, "--out", str(out)], check=True)
+    assert json.loads((out / "cache.json").read_text())["teacher"] == "SeedVR2-3B"
+    clips = TrainingClips(Sources(procedural=1.0, frames=3, size=64))
+    teacher = load_teacher(str(folder))
+    for number in range(2):
+        x_t = teacher(to_network(clips[number]["lr"][None]), torch.tensor([number]))
+        stored = read_clip(out / "teacher" / f"{number:08d}.mkv")
+        assert np.array_equal(stored, to_frames(to_uint8(x_t)[0]))
+    cached = CachedClips(out, clips, str(folder))
+    assert cached[0]["target"].shape == (3, 3, 64, 64)
+
+
+def logged(out: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_learn_from_it_in_the_loop(folder, tmp_path, monkeypatch):
+    """Table 4's row; stage 2 takes the teacher over from stage 1."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    small, pixel = dict(frames=2, size=64, batch=2, steps=1), {}
+    for teacher in ("gt", str(folder)):
+        out = str(tmp_path / Path(teacher).name)
+        train_stage1.main(replace(train_stage1.PRESETS["smoke"], **small, teacher=teacher, out=out))
+        pixel[teacher] = logged(out)[0]["pixel"]
+    assert pixel["gt"] != pixel[str(folder)]  # of the same clips and student
+    first, out = newest_checkpoint(out), str(tmp_path / "stage2")
+    flags = "--preset smoke --steps 1 --init".split() + [str(first), "--out", out]
+    cfg = train_stage2.settings(flags)
+    assert cfg.teacher == str(folder)
+    train_stage2.main(cfg)
+    assert logged(out)[0]["pixel"] > 0 and newest_checkpoint(out).name == "step_000001"

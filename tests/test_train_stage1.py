@@ -318,7 +318,7 @@ def test_the_first_line_says_what_differs_from_the_paper(tmp_path, capsys):
         ({"teacher_cache": "nowhere"}, "nowhere: no cache.json"),
         ({"micro_batch": 0}, "--micro-batch 0: give 1 or more"),
         ({"adcsr": ("a.pkl", "b.ckpt")}, "a.pkl: no such file"),
-        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: No such file"),
+        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: cannot be read (No such file"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
@@ -355,13 +355,20 @@ def gradients(world: World) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """In float64, where automatic bfloat16 does not apply, so that only rounding can tell them apart."""
+    """In float64, where automatic bfloat16 does not apply, so that only rounding can tell them apart.
+
+    A bias that a normalisation of each channel alone takes away again has a gradient of rounding errors, some
+    1e-17; no other is below 1e-5.
+    """
     alone = gradients(WORLD)
     first, second = two_processes(tmp_path, gradients)
     for key, grad in alone.items():
         assert grad.dtype == torch.float64 and grad.abs().max() > 0, key
         assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], grad, rtol=1e-6, atol=1e-7 * grad.abs().max().item())
+        atol = 1e-7 * grad.abs().max().item() + 1e-15
+        torch.testing.assert_close(
+            first[key], grad, rtol=1e-6, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def three_runs(world: World, folder: Path) -> None:

@@ -40,7 +40,7 @@ from metrics import DISTS
 from model import AdcVSR
 from runtime import UserError, World, as_saved, newest_checkpoint, parse
 from teacher import FeatureEncoder
-from train_stage2 import PRESETS, Config, learning_rate, main, print_scores, settings, stage_one, train_step
+from train_stage2 import PRESETS, Config, configure, learning_rate, main, print_scores, stage_one, train_step
 from video import read_clip, to_clip, to_network
 
 ROOT = Path(train_stage2.__file__).parent
@@ -447,7 +447,7 @@ KNOWN = {  # what a run of stage 1 was told of the data and the task
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_describes_data_and_task_is_stage_1s(tmp_path, capsys, preset):
     folder = write_stage1(tmp_path / "step_000001", KNOWN)
-    cfg = settings(["--preset", preset, "--init", str(folder)])
+    cfg = configure(["--preset", preset, "--init", str(folder)])
     assert cfg == replace(PRESETS[preset], init=str(folder), **KNOWN)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"as in {folder}: ")
@@ -458,7 +458,7 @@ def test_what_describes_data_and_task_is_stage_1s(tmp_path, capsys, preset):
 def test_what_is_given_is_not_stage_1s_even_where_it_is_the_default(tmp_path, capsys):
     write_stage1(tmp_path / "step_000001", KNOWN)
     given = "--frames 25 --videos datasets/videos --teacher-cache here --adcsr --vae seeded".split()
-    cfg = settings(["--init", str(tmp_path), *given])
+    cfg = configure(["--init", str(tmp_path), *given])
     ours = {"frames": 25, "videos": "datasets/videos", "teacher_cache": "here", "adcsr": (), "vae": "seeded"}
     assert cfg == replace(Config(), init=str(tmp_path), **KNOWN | ours)
     line = capsys.readouterr().out
@@ -468,7 +468,7 @@ def test_what_is_given_is_not_stage_1s_even_where_it_is_the_default(tmp_path, ca
 def test_weights_alone_leave_the_presets_settings(cfg):
     """The shipped tiny student: a folder without the settings of its run."""
     weights = str(ROOT / "weights" / "tiny")
-    assert settings(["--preset", "tiny", "--init", weights]) == replace(PRESETS["tiny"], init=weights)
+    assert configure(["--preset", "tiny", "--init", weights]) == replace(PRESETS["tiny"], init=weights)
     cfg = replace(cfg, init=weights, domains=("pixel",), lambda_feature=0.0, dists="none", batch=1, steps=1)
     main(cfg)
     assert AdcVSR.from_pretrained(Path(cfg.out) / "step_000001").pixel_skip
@@ -585,7 +585,7 @@ def test_doves_videos_are_the_target_and_may_be_the_real_videos(cfg, dove):  # n
 @pytest.mark.parametrize("flag", ["domains", "labels", "real-video", "dists"])
 def test_another_word_than_those_there_are_is_refused_with_these(flag, capsys):
     with pytest.raises(SystemExit) as stop:
-        settings([f"--{flag}", "half"])
+        configure([f"--{flag}", "half"])
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stop.value.code == 2 and f"invalid choice 'half' for argument '--{flag}'. Expected one of" in said
 

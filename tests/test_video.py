@@ -385,7 +385,7 @@ def test_hdr_keeps_its_tags_and_is_mentioned(tmp_path):
     source = coded_patches(tmp_path / "a.mkv", 2020, SD, tags, bits=10)
     x2(source, tmp_path / "out.mp4")
     with VideoReader(tmp_path / "out.mp4") as reader:
-        assert reader.hdr == (9, 9, 18) and "HLG" in reader.notes[0]
+        assert reader.hdr == (video.HDR_MATRIX, 9, 18) and "HLG" in reader.notes[0]
         assert stripe_error(next(iter(reader)).rgb) <= 2
 
 
