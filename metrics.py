@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from model import SCALE, bicubic
-from runtime import UserError, complete, explained, freeze, run
+from runtime import UserError, complete, explained, freeze, optional, run
 from video import VIDEO_SUFFIXES, VideoReader, centre, to_clip, to_frames, to_network, to_uint8
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
@@ -419,7 +419,7 @@ def load_pyiqa(name: str, device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """A metric of pyiqa on frames pred, gt (n 3 h w) in [0, 1] -> (n,); all but LPIPS look at pred alone."""
     key, weights = PYIQA[name]
     with needs(name.upper(), "pyiqa (its licence is for non-commercial use only)", weights):
-        metric = import_module("pyiqa").create_metric(key, device=torch.device(device))
+        metric = optional("pyiqa").create_metric(key, device=torch.device(device))
     return lambda pred, gt: (metric(pred, gt) if name == "lpips" else metric(pred)).flatten()
 
 

@@ -7,7 +7,6 @@ Admission test: a line that mentions a frame, a latent, a label or a loss belong
 import argparse
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -19,8 +18,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ def explained(
     except causes as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise kind(f"{what} ({reason[:200]}). {way_out}") from error
+
+
+def optional(module: str) -> ModuleType:
+    """A module of a package that is not required. ImportError, whatever it raises: an old package that is
+    installed beside newer ones may break at import in any way."""
+    try:
+        return import_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ImportError(f"{module} cannot be imported, {reason}") from error
 
 
 def run(main: Callable[[], None]) -> None:
@@ -393,10 +404,11 @@ class Run:
                     self.out.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(self.out / ".lock", timeout=PATIENCE))
                     self.file = stack.enter_context((self.out / "log.jsonl").open("a", buffering=1))
-                if importlib.util.find_spec("tensorboard"):
-                    from torch.utils.tensorboard import SummaryWriter
-
-                    self.board = stack.enter_context(SummaryWriter(str(self.out / "tensorboard")))
+                try:
+                    board = optional("torch.utils.tensorboard").SummaryWriter
+                    self.board = stack.enter_context(board(str(self.out / "tensorboard")))
+                except ImportError as error:
+                    print(f"no TensorBoard curves, log.jsonl has all numbers ({error})", flush=True)
             yield
 
     def start_line(self) -> None:

@@ -250,6 +250,25 @@ def test_three_and_three_steps_equal_six(tmp_path, capsys):
     assert saved(other) == before and "at step 6 of 6" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("package", ["absent", "raise AttributeError('np.bool8\\nis gone')", "print = len"])
+def test_a_missing_or_broken_tensorboard_is_one_line_and_the_run_goes_on(
+    package, tmp_path, monkeypatch, capsys
+):
+    for name in [name for name in sys.modules if "tensorboard" in name.split(".")]:
+        monkeypatch.delitem(sys.modules, name)
+    if package == "absent":
+        monkeypatch.setitem(sys.modules, "tensorboard", None)
+    else:
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "tensorboard.py").write_text(package)
+    train(Training(str(tmp_path / "run"), steps=2, every=2))
+    assert names(tmp_path / "run") == ["log.jsonl", "step_000002"]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "TensorBoard" in line)
+    assert "no TensorBoard curves, log.jsonl has all numbers" in line
+    assert package != "absent" or "ModuleNotFoundError" in line
+    assert "raise" not in package or "AttributeError: np.bool8 is gone" in line
+
+
 def test_the_last_checkpoints_are_kept_by_number(tmp_path):
     (tmp_path / "step_notes").mkdir()
     training = start(Training(str(tmp_path)))
