@@ -330,7 +330,7 @@ class Run:
     """All that surrounds the steps of a training and has nothing to do with the paper.
 
         training = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
-        for step, batch in training.steps(lambda done: ...):  # seeds; behind each step saves, or stops
+        for step, batch in training.steps(lambda done: ...):  # seeds; behind each step saves, stops if asked
             training.log(train_step(...))
             if training.due:
                 training.note(**validate(...))
