@@ -380,6 +380,8 @@ class Run:
                 if self.due or (stopping and not cfg.dry_run):
                     self.save()
                 if stopping:
+                    if self.world.is_main:
+                        print(f"asked to stop, after step {self.step} of {cfg.steps}", flush=True)
                     break
                 self.asked = time.perf_counter()
                 ends.append(self.asked)
