@@ -331,7 +331,7 @@ class Run:
     """All that surrounds the steps of a training and has nothing to do with the paper.
 
         training = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
-        for step, batch in training.steps(lambda done: ...):  # seeds; behind each step saves, or stops
+        for step, batch in training.steps(lambda done: ...):  # seeds; behind each step saves, stops if asked
             training.log(train_step(...))
             if training.due:
                 training.note(**validate(...))
@@ -381,6 +381,8 @@ class Run:
                 if self.due or (stopping and not cfg.dry_run):
                     self.save()
                 if stopping:
+                    if self.world.is_main:
+                        print(f"asked to stop, after step {self.step} of {cfg.steps}", flush=True)
                     break
                 self.asked = time.perf_counter()
                 ends.append(self.asked)

@@ -452,13 +452,16 @@ def signals():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_after_the_step_and_a_ctrl_c_after_it_leaves_at_once(signals, tmp_path, number):
+def test_a_signal_saves_after_the_step_and_a_ctrl_c_after_it_leaves_at_once(
+    signals, tmp_path, capsys, number
+):
     steps = start(Training(str(tmp_path), steps=9)).steps(lambda done: range(9))
     next(steps)
     signal.raise_signal(number)
     with pytest.raises(StopIteration):
         next(steps)
     assert names(tmp_path) == ["log.jsonl", "step_000001"]
+    assert "asked to stop, after step 1 of 9" in capsys.readouterr().out
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
