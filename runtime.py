@@ -138,9 +138,10 @@ def freeze(net: nn.Module) -> nn.Module:
     The buffers are not persistent: checkpoints leave out what never changes.
     """
     for module in net.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
+        tensors = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+        for name, tensor in tensors:
             delattr(module, name)
-            module.register_buffer(name, weight.detach(), persistent=False)
+            module.register_buffer(name, tensor.detach(), persistent=False)
     return net.eval()
 
 

