@@ -90,8 +90,8 @@ def queue_bytes(net: Student, h: int, w: int) -> int:
     """Bytes that a stream of (h, w) frames keeps between two chunks, in this network's dtype."""
     with torch.device("meta"):
         twin = type(net)(**net.config).to(next(net.parameters()).dtype)
-        state = Stream(twin)
-        state.step(twin.encode, torch.empty(1, net.lag + 2, 3, h, w))
+    state = Stream(twin)
+    state.step(twin.encode, torch.empty(1, net.lag + 2, 3, h, w, device="meta"))
     return state.nbytes()
 
 
