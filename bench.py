@@ -34,6 +34,7 @@ from tyro.conf import Positional
 
 import train_stage1
 import train_stage2
+from compact import load_student
 from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips, procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
@@ -114,7 +115,7 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     every third clip: a frame of each side above a row over time.
     """
     device, dtype = choose_device_and_dtype("auto", "auto")
-    students = {name: AdcVSR.from_pretrained(name).to(device, dtype).eval() for name in args.weights}
+    students = {name: load_student(name).to(device, dtype).eval() for name in args.weights}
     for net in students.values():
         net.to(memory_format=torch.channels_last)
     print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail  E*_warp")
@@ -166,7 +167,7 @@ def heads(args: Args) -> dict[tuple[str, str], np.ndarray]:
 def infer(args: Args) -> None:
     """The shipped network on chunks; on a GPU also the full one, at random weights; then infer.py, whole."""
     _, dtype = choose_device_and_dtype(DEVICE, "auto")
-    nets = {"shipped": (AdcVSR.from_pretrained(str(SHIPPED)), ((128, 96), (320, 240), (640, 360)))}
+    nets = {"shipped": (load_student(SHIPPED), ((128, 96), (320, 240), (640, 360)))}
     if ON_GPU:
         nets["full"] = (AdcVSR(**PRESETS["full"]), ((128, 128), (480, 270)))
     frames = 8 if ON_GPU else 2
@@ -180,10 +181,10 @@ def infer(args: Args) -> None:
             memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if ON_GPU else ""
             print(f"{name:8} {w}x{h} -> x4  {spent:7.3f} s/frame{memory}", flush=True)
     with TemporaryDirectory() as folder:
-        for length in (1, 100, 400):
+        for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"
             write_sample(clip, length)
-            spent, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
+            spent, _, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
             print(f"infer.py, {length:3} frames of 64x48  {spent:6.1f} s  {peak:6.0f} MB", flush=True)
 
 
@@ -194,15 +195,25 @@ def write_sample(path: Path, frames: int) -> None:
             out.write(pictures[min(i % 100, 99 - i % 100)])  # to and fro
 
 
-def as_process(code: str, *arguments) -> tuple[float, float]:
-    """Wall seconds of Python code in a process of its own, and the most memory it held, in MB (on Linux)."""
+PROBE = """
+import sys, time
+def held(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1000
+{setup}
+before, start = held(), time.perf_counter()
+{code}
+print(); print(time.perf_counter() - start, before, held())
+"""
+
+
+def as_process(code: str, *arguments, setup: str = "") -> tuple[float, float, float]:
+    """Seconds of Python code in a process of its own; the most MB held before it and after it (Linux)."""
     # Not by getrusage: there a child begins with its parent's peak.
-    code += "; print(); print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
-    start, how = time.perf_counter(), {"cwd": ROOT, "capture_output": True, "text": True}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], **how)
+    command = [sys.executable, "-c", PROBE.format(setup=setup, code=code), *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"this failed: {code} {arguments}: {done.stderr}")
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1000
+    spent, before, after = map(float, done.stdout.split()[-3:])
+    return spent, before, after
 
 
 # Paper: Table 1: parameters in billions, seconds.
@@ -219,14 +230,14 @@ def table1(args: Args) -> dict[str, float]:
     print(f"{'':22} parameters   seconds  faster     paper: parameters, seconds, faster")
     for name, (billions, paper) in PAPER.items():
         make = {"DOVE": dove, "SeedVR2": seedvr2, "AdcVSR": adcvsr}.get(name, adcsr)
-        with torch.device("meta"):
-            counted = make("full")
-        counted = counted.net if name == "SeedVR2" else counted  # its VAE is not in the paper's number
-        size = weights_of(counted) + T5 * (name == "DOVE")
         with torch.device(DEVICE), torch.no_grad():
             net = make(preset).to(DEVICE, torch.bfloat16).eval()
             pieces = lr.split(1 if name.endswith("frame by frame") else t, dim=1)
             spent[name] = seconds(lambda: [net(piece) for piece in pieces])  # noqa: B023
+        with torch.device("meta"):  # where diffusers cannot be imported with torch 2.6: by now it is
+            counted = make("full")
+        counted = counted.net if name == "SeedVR2" else counted  # its VAE is not in the paper's number
+        size = weights_of(counted) + T5 * (name == "DOVE")
         ours = f"{size / 1e9:8.2f} B {spent[name]:9.3f} {spent['DOVE'] / spent[name]:6.1f}x"
         print(
             f"{name:22} {ours} {billions:18.2f} B {paper:8.2f} {PAPER['DOVE'][1] / paper:6.1f}x", flush=True
@@ -298,8 +309,8 @@ def train(script, args: Args) -> None:
     def step() -> None:
         script.train_step([clips], student, None, encoder, dists, *judges, world, cfg)
 
-    spent, work = seconds(step), teraflop(step)
-    print(f"one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
+    spent, work = seconds(step, 2), teraflop(step)
+    print(f"{script.__name__}, one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
     print(", ".join(f"{type(net).__name__} {weights_of(net) / 1e6:.4g} M" for net in nets))
     print(f"{spent:.3g} s a step, {work:.4g} TFLOP: {work / spent:.3g} TFLOP/s; peak {peak_memory():.1f} GB")
 
@@ -338,7 +349,8 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
     parts = {"procedural clip": lambda i: procedural_clip(generator(i), frames, (size, size))}
     parts |= {"degradation": lambda i: degrade(clip, generator(i))}
     if args.videos and args.images:
-        sources = Sources(args.videos, args.images, args.validation, frames=frames, size=size)
+        shape = {"frames": frames, "size": size}
+        sources = Sources(args.videos, args.images, validation=args.validation, **shape)
         one, two = TrainingClips(sources), TrainingClips(sources, stage=2, real_types=True)
         parts |= {"video, cropped": lambda i: one.draw(one.videos, frames, i)}
         parts |= {"photo, cropped": lambda i: one.draw(one.images, frames, i)}
@@ -355,13 +367,10 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
         names = Path(folder) / "names.txt"
         names.write_text("".join(f"clips/{i // 1000:04d}/{i % 1000:03d}.mp4\n" for i in range(10**6)))
         os.utime(names, (0, 0))  # a list is kept once it is older than clocks are coarse
-        load = f"from pathlib import Path; import data, sys; data.INDEXES = Path({folder!r})"
-        before = as_process(load)
+        setup = f"from pathlib import Path; import data; data.INDEXES = Path({folder!r})"
         for turn in "first process", "others":
-            spent, peak = as_process(load + "; len(data.list_files(sys.argv[1], {'.mp4'}))", names)
-            print(
-                f"a million names, {turn}: {spent - before[0]:.1f} s, {peak - before[1]:.0f} MB", flush=True
-            )
+            spent, before, peak = as_process("data.list_files(sys.argv[1], {'.mp4'})[0]", names, setup=setup)
+            print(f"a million names, {turn}: {spent:.1f} s, {peak - before:.0f} MB", flush=True)
 
 
 WORK = {

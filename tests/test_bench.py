@@ -9,6 +9,7 @@ import torch
 import bench
 from bench import Args
 from infer import SHIPPED
+from runtime import UserError
 
 
 @pytest.mark.slow
@@ -23,6 +24,7 @@ def test_quality_ranks_the_truth_first_and_a_student_above_bicubic(tmp_path):
 
 @pytest.mark.slow
 def test_heads_trains_each_split_and_scores_them_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "SPLITS", bench.SPLITS[1:3])
     monkeypatch.chdir(tmp_path)
     small = "--steps 1 --teacher-cache '' --procedural 1 --frames 3 --size 64 --batch 1 --workers 0"
     means = bench.heads(Args("heads", clips=1, flags=small))
@@ -51,17 +53,30 @@ def test_operations_are_two_for_a_multiply_add():
     assert bench.teraflop(lambda: x @ x.T) * 1e12 == 2 * 8 * 16 * 8
 
 
-def test_whole_runs_of_infer_are_timed_with_memory_of_their_own(tmp_path):
-    bench.write_sample(tmp_path / "clip.mp4", 2)
-    ballast = torch.ones(2**28)  # 1 GB here must not show there
-    spent, peak = bench.as_process("import time; time.sleep(0.5)")
-    assert spent > 0.5 and peak < 100 < ballast.numel() / 1e6
+def test_a_process_is_timed_with_a_memory_of_its_own():
+    ballast = torch.ones(2**26)  # 268 MB here, which must not show there
+    spent, before, after = bench.as_process("held_here = bytearray(b'1') * 50_000_000; time.sleep(0.2)")
+    assert spent > 0.2 and after - before == pytest.approx(50, abs=5) and after < 4 * ballast.numel() / 1e6
+    with pytest.raises(UserError, match="(?s)this failed: 1 / 0 .*ZeroDivisionError"):
+        bench.as_process("1 / 0")
 
 
 @pytest.mark.slow
-def test_infer_and_data_print_their_rows(capsys):
+def test_infer_prints_its_rows(capsys):
     bench.infer(Args("infer"))
-    bench.data(Args("data", clips=1), frames=5, size=64)
     out = capsys.readouterr().out
-    for row in ("320x240 -> x4", "infer.py, 400 frames", "degradation", "a million names, others"):
-        assert row in out
+    assert "320x240 -> x4" in out and "infer.py, 160 frames" in out
+
+
+@pytest.mark.slow
+def test_data_prints_its_rows_of_files_too(capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for k in range(8):
+        bench.write_sample(tmp_path / f"{k}.mp4", 8)
+        frame = bench.procedural_clip(bench.generator(k), 1, (96, 96)).frames[0]
+        bench.imageio.imwrite(tmp_path / f"photos/{k}.png", frame)
+    args = Args("data", videos=str(tmp_path), images=str(tmp_path / "photos"), clips=1)
+    bench.data(args, frames=5, size=48)
+    rows = "degradation", "video, cropped", "photo, cropped", "sample of stage 2", "a million names, others"
+    out = capsys.readouterr().out
+    assert all(row in out for row in rows)

@@ -151,7 +151,7 @@ def test_attention_over_time_is_the_naive_one():
     x = torch.randn(2, 5, 32, 2, 3, dtype=torch.float64)
     clip, out = (rearrange(v, "b t c h w -> b h w t c") for v in (x, block(x)))
     q, k, v = block.qkv(F.layer_norm(clip, (32,), block.norm.weight, block.norm.bias)).chunk(3, dim=-1)
-    turn = torch.exp(1j * torch.arange(5).double()[:, None] * torch.tensor([1.0, 1 / 100]).double())
+    turn = torch.exp(1j * torch.arange(5)[:, None] * torch.tensor([1, 1 / 100], dtype=torch.float64))
     heads = []
     for i in range(0, 32, 4):
         (q_i, k_i) = (torch.complex(y[..., i : i + 2], y[..., i + 2 : i + 4]) * turn for y in (q, k))
@@ -164,7 +164,7 @@ def test_attention_over_time_is_the_naive_one():
 @pytest.mark.parametrize("kind", model.TEMPORAL_KINDS)
 @pytest.mark.parametrize("t", [5, 40])
 def test_the_order_of_the_frames_matters(kind, t):
-    """What looks along time makes something else of a shuffled clip than the shuffled result, at any length."""
+    """What looks along time makes of a shuffled clip more than its result shuffled, at any length."""
     block, x, order = awake(model.TEMPORAL_KINDS[kind](16)), torch.randn(1, t, 16, 2, 2), torch.randperm(t)
     assert distance(block(x[:, order]), block(x)[:, order]) > 1e-3
 
@@ -291,21 +291,6 @@ def test_temporal_conv_is_a_3d_conv_of_kernel_3_1_1():
 
 
 # Before training
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_change_neither_output_nor_gradients():
-    net, lr = awake(AdcVSR(**{**SMALL, "temporal": "block"})), clip(t=2, h=32, w=32)
-    net.unet.checkpointing = True
-    results = []
-    for _ in range(2):
-        net.zero_grad()
-        sr = net(lr)
-        sr.square().mean().backward()
-        results.append([sr.detach()] + [p.grad.clone() for p in net.parameters()])
-        net.compile_blocks()
-    assert all(distance(a, b) < 1e-4 * max(1.0, a.abs().max().item()) for a, b in zip(*results))
 
 
 @torch.no_grad()
@@ -436,7 +421,7 @@ def test_a_saved_float16_folder_loads_its_values_and_config(tmp_path):
     net = awake(AdcVSR(**UNEVEN))
     net.half().save_pretrained(tmp_path)
     loaded = AdcVSR.from_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()) == UNEVEN
+    assert json.loads((tmp_path / "config.json").read_text()) == {"network": "AdcVSR"} | UNEVEN
     assert loaded.state_dict().keys() == net.state_dict().keys()
     assert all(torch.equal(v, net.state_dict()[k].to(v.dtype)) for k, v in loaded.state_dict().items())
     lr = clip()

@@ -272,8 +272,10 @@ def test_one_weight_file_loads_like_many(dove, tmp_path):
     prompt = {"prompt_embedding": load(dove).prompt.clone()}
     save_file(prompt, whole / "prompt_embeddings" / "empty.safetensors")
     assert len(list((whole / "transformer").glob("*.safetensors"))) == 1
-    clip = clip_of(1, 1, 16, 16)
-    assert torch.equal(load(whole)(clip), load(dove)(clip))
+    one, many, clip = load(whole), load(dove), clip_of(1, 1, 16, 16)
+    assert all(torch.equal(a, b) for a, b in zip(one.buffers(), many.buffers(), strict=True))
+    # Where in memory a file's weights lie decides which kernels a CPU takes: the last bits may differ.
+    torch.testing.assert_close(one(clip), many(clip), rtol=0, atol=1e-5)
 
 
 def test_the_teacher_and_the_encoder_stay_frozen(dove):

@@ -157,7 +157,7 @@ def test_unequal_micro_batches_weigh_by_their_clips():
         student = Gain().double()
         losses = update(student, micro_batches(batch, size, torch.device("cpu")), PIXELS)
         results.append([student.gain.item(), losses["loss"].item(), losses["pixel"].item()])
-    assert results[0] == pytest.approx(results[1], abs=1e-12) == pytest.approx(results[2], abs=1e-12)
+    assert all(result == pytest.approx(results[0], abs=1e-12) for result in results)
 
 
 def test_a_cached_target_or_a_teacher_stands_in_for_hr():
@@ -165,10 +165,10 @@ def test_a_cached_target_or_a_teacher_stands_in_for_hr():
     assert update(Gain(), [clip])["pixel"] == 0
     assert update(Gain(), [clip | {"target": clip["hr"] + 0.25}])["pixel"] == 0.25
 
-    def teacher(lr):
-        return clip["hr"] + 0.5
+    def teacher(lr, index):
+        return clip["hr"] + 0.5 * index
 
-    optimiser = torch.optim.SGD(Gain().parameters(), lr=1.0)
+    optimiser, clip["index"] = torch.optim.SGD(Gain().parameters(), lr=1.0), torch.tensor([1])
     assert train_step([clip], Gain(), teacher, None, None, optimiser, WORLD, CONFIG)["pixel"] == 0.5
 
 
@@ -302,7 +302,8 @@ def test_a_dry_run_measures_three_steps_and_leaves_nothing(tmp_path, capsys):
 
 def test_the_first_line_says_what_differs_from_the_paper(tmp_path, capsys):
     main(replace(CONFIG, steps=0, out=str(tmp_path)))
-    (line,) = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out.splitlines()
+    (line,) = (line for line in shown if "TensorBoard" not in line)
     for setting in "student micro", "teacher gt", "size 64", "halve_at [2, 4]", "lr 0.0003":
         assert setting in line
     assert "lambda_pixel" not in line and "workers" not in line
@@ -318,7 +319,7 @@ def test_the_first_line_says_what_differs_from_the_paper(tmp_path, capsys):
         ({"teacher_cache": "nowhere"}, "nowhere: no cache.json"),
         ({"micro_batch": 0}, "--micro-batch 0: give 1 or more"),
         ({"adcsr": ("a.pkl", "b.ckpt")}, "a.pkl: no such file"),
-        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: No such file"),
+        ({"procedural": 0.0, "videos": "nowhere"}, "nowhere: cannot be read (No such file"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
@@ -355,13 +356,20 @@ def gradients(world: World) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """In float64, where automatic bfloat16 does not apply, so that only rounding can tell them apart."""
+    """In float64, where automatic bfloat16 does not apply, so that only rounding can tell them apart.
+
+    A bias that a normalisation of each channel alone takes away again has a gradient of rounding errors, some
+    1e-17; no other is below 1e-5.
+    """
     alone = gradients(WORLD)
     first, second = two_processes(tmp_path, gradients)
     for key, grad in alone.items():
         assert grad.dtype == torch.float64 and grad.abs().max() > 0, key
         assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], grad, rtol=1e-6, atol=1e-7 * grad.abs().max().item())
+        atol = 1e-7 * grad.abs().max().item() + 1e-15
+        torch.testing.assert_close(
+            first[key], grad, rtol=1e-6, atol=atol, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def three_runs(world: World, folder: Path) -> None:

@@ -1,0 +1,103 @@
+"""The compact student: the 2D network it starts as, what time adds, how the rest of the house calls it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from compact import CompactVSR
+from model import WeightsError
+from stream import queue_bytes, stream
+
+SMALL = dict(features=8, layers=4, every=2)
+WEIGHTS = Path(__file__).parent.parent / "weights" / "realesr-general-x4v3.pth"
+
+
+def srvgg(state: dict) -> nn.Module:
+    """Real-ESRGAN's SRVGGNetCompact as its authors describe it, on frames (n 3 h w) in [0, 1]."""
+    last = max(int(k.split(".")[1]) for k in state)
+    layers = []
+    for i in range(last + 1):
+        w = state[f"body.{i}.weight"]
+        layers.append(nn.PReLU(len(w)) if w.ndim == 1 else nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1))
+    body = nn.Sequential(*layers)
+    body.load_state_dict({k.removeprefix("body."): v for k, v in state.items()})
+    return lambda x: F.pixel_shuffle(body(x), 4) + F.interpolate(x, scale_factor=4, mode="nearest")
+
+
+def moved(net: CompactVSR) -> CompactVSR:
+    """net with temporal blocks that do something, as after training."""
+    for block in net.temporal.values():
+        nn.init.normal_(block.conv2.weight, std=0.1)
+        nn.init.normal_(block.conv2.bias, std=0.1)
+    return net
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1, 3, 5, 7), (2, 3, 3, 8, 6), (1, 4, 3, 16, 1)])
+def test_at_start_it_is_the_2d_network(shape):
+    net = CompactVSR.from_realesrgan(WEIGHTS)
+    state = torch.load(WEIGHTS, weights_only=True)["params"]
+    lr = torch.rand(shape) * 2 - 1
+    expected = srvgg({k: v.float() for k, v in state.items()})(lr.flatten(0, 1) / 2 + 0.5) * 2 - 1
+    torch.testing.assert_close(net(lr).flatten(0, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_the_2d_network_has_the_published_size():
+    net = CompactVSR.from_realesrgan(WEIGHTS)
+    assert sum(p.numel() for p in net.body.parameters()) == 1_213_296
+    assert len(net.temporal) == 8 and net.lag == 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [(1,) * 9, (4, 5), (9,), (2, 0, 7)])
+def test_a_stream_is_the_whole_clip(chunks):
+    torch.manual_seed(0)
+    net = moved(CompactVSR(**SMALL)).double()
+    lr = torch.rand(1, 9, 3, 6, 5, dtype=torch.float64) * 2 - 1
+    streamed = torch.cat(list(stream(net, lr.split(chunks, dim=1))), dim=1)
+    torch.testing.assert_close(streamed, net(lr), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_only_temporal_blocks_look_at_other_frames():
+    torch.manual_seed(0)
+    lr = torch.rand(1, 5, 3, 6, 6) * 2 - 1
+    other = lr.clone()
+    other[:, 0] = 0
+    for net, reaches in (CompactVSR(**SMALL), False), (moved(CompactVSR(**SMALL)), True):
+        assert (not torch.equal(net(lr)[:, 2], net(other)[:, 2])) == reaches
+
+
+def test_a_folder_holds_it_and_says_which_network_it_is(tmp_path):
+    from compact import load_student
+    from model import PRESETS, AdcVSR
+
+    for net in moved(CompactVSR(**SMALL)), AdcVSR(**PRESETS["tiny"]):
+        net.save_pretrained(tmp_path / type(net).__name__)
+        again = load_student(tmp_path / type(net).__name__)
+        assert type(again) is type(net) and again.config == net.config
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+
+
+def test_queues_are_counted():
+    net = CompactVSR(**SMALL)
+    frames = net.lag + 2
+    assert 0 < queue_bytes(net, 6, 5) < 4 * frames * 8 * 6 * 5 * 2 * (len(net.temporal) + 1)
+
+
+@pytest.mark.parametrize(
+    "state, what",
+    [
+        ({"params": {}}, "missing"),
+        ({"params_ema": {}}, "missing"),
+        ({"params": torch.load(WEIGHTS, weights_only=True)["params"] | {"extra": torch.zeros(1)}}, "extra"),
+    ],
+)
+def test_another_file_is_refused_in_one_line(tmp_path, state, what):
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=what) as error:
+        CompactVSR.from_realesrgan(tmp_path / "x.pth")
+    assert "\n" not in str(error.value)
