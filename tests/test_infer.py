@@ -337,7 +337,7 @@ def test_bad_input_is_one_line(tmp_path, refusal, monkeypatch):
         (images,): "0.png: corrupt image",
         (mixed,): "mixed/: 9.png is 9x8, expected 8x8. Use one folder per clip.",
         (clip, "--weights", folder): "cannot load",
-        (clip, "--weights", "nobody/nothing"): "nobody/nothing: cannot load AdcVSR weights",
+        (clip, "--weights", "nobody/nothing"): "nobody/nothing: cannot load a student",
         (clip, "--adcsr", text, text): "not a PyTorch checkpoint",
         (clip, "-o", tmp_path / "no" / "where.mp4"): "no folder",
         (clip, "-o", tmp_path / "out.gif"): "cannot write .gif",
