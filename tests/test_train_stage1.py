@@ -548,8 +548,9 @@ def test_torchrun_starts_two_processes_again_that_end_like_the_straight_run(tmp_
 
 @pytest.mark.slow
 def test_the_whole_smoke_preset_lowers_the_validation_loss(tmp_path):
-    finish(start(ALONE, "--preset", "smoke", "--every", 1, cwd=tmp_path))
+    # Eight times its steps: in twelve, a network that starts from nothing moves no further than it wavers.
+    finish(start(ALONE, "--preset", "smoke", "--steps", 96, "--every", 8, cwd=tmp_path))
     out = tmp_path / PRESETS["smoke"].out
-    assert names(out) == ["log.jsonl", "pictures", "step_000010", "step_000011", "step_000012"]
+    assert names(out) == ["log.jsonl", "pictures", "step_000080", "step_000088", "step_000096"]
     scores = [line["psnr"] for line in logged(replace(CONFIG, out=str(out))) if "psnr" in line]
-    assert len(scores) == 12 and scores[-1] > scores[0] + 0.3
+    assert len(scores) == 12 and scores[-1] > scores[0] + 1
