@@ -190,6 +190,7 @@ class VideoReader:
     width, height        of the upright frame
     rate, constant_rate  frames a second, or their mean; whether every frame lies on the grid n / rate
     frames               expected number in the whole clip, for progress bars; None if unknown
+    skip                 frames from `start` on that iterating passes over, which costs less than showing them
     tick, start_time     seconds: the unit of the file's clock, and the first frame's time on it
     aspect, hdr          width of a pixel by its height; H.273 (matrix, primaries, transfer); None if ordinary
     notes                lines for the user
@@ -198,7 +199,7 @@ class VideoReader:
     def __init__(self, path: str | Path, start: float | Fraction = 0.0):
         self.path, self.start = Path(path), Fraction(start)
         self.name = (self.path.name or str(self.path)) + "/" * self.path.is_dir()
-        self.rate, self.constant_rate, self.frames = FOLDER_RATE, True, None
+        self.rate, self.constant_rate, self.frames, self.skip = FOLDER_RATE, True, None, 0
         self.tick = self.start_time = Fraction(0)
         self.aspect, self.hdr = None, None
         self.notes: list[str] = []
@@ -253,7 +254,7 @@ class VideoReader:
         return _read_image(self._files[i], self._image_name(i))
 
     def _iter_images(self) -> Iterator[Frame]:
-        for i in range(math.ceil(self.start * self.rate), len(self._files)):
+        for i in range(math.ceil(self.start * self.rate) + self.skip, len(self._files)):
             yield Frame(self._image(i), i / self.rate)
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
@@ -387,6 +388,9 @@ class VideoReader:
                 self._note("timestamps that do not increase were moved behind their predecessors")
                 time = last + self.tick
             if time < self.start - Fraction(1, 10**6):  # a float cannot hold most frame times
+                continue
+            if shown < self.skip:
+                shown += 1
                 continue
             try:
                 rgb = self._rgb(frame)
@@ -593,7 +597,8 @@ class ResumableWriter:
     made_by  what the segments depend on, JSON: segments that depend on something else are refused
     fresh    forget the segments that are there
     to_end   copy the source's audio and subtitles to their end, else to the end of the picture
-    done     frames that are written already: the next one is `write`'s
+    shared   others write segments, too: who plans calls `prepare` before, who finishes last `join` behind
+    done     frames that are written already: the next one is `write`'s; where shared, set it to begin there
     notes    lines for the user, after the exit
     """
 
@@ -606,24 +611,36 @@ class ResumableWriter:
         made_by: dict,
         fresh: bool = False,
         to_end: bool = True,
+        shared: bool = False,
         **encoding,
     ):
         _refuse(path, width, height)
         self.path, self.parts = path, path.with_name(f"{path.name}.parts")
         self.source, self.made_by, self.fresh, self.to_end = source, made_by, fresh, to_end
-        self.done, self.notes = 0, []
+        self.shared, self.done, self.notes = shared, 0, []
         self._new_segment = lambda: VideoWriter(
             self._segment_path(), width, height, source.rate, source, **encoding
         )
         self._segment: VideoWriter | None = None
-        while not fresh and self._segment_path().exists():
-            self.done += SEGMENT  # a segment has its name only once it is whole
+        finished = self.finished()
+        while self.done // SEGMENT in finished:
+            self.done += SEGMENT
+
+    def finished(self) -> set[int]:
+        """Numbers of the segments that are there: a segment has its name only once it is whole."""
+        return set() if self.fresh else {int(path.stem) // SEGMENT for path in self._segments()}
 
     def _segment_path(self) -> Path:
         suffix = self.path.suffix.lower()
         return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
 
     def __enter__(self) -> ResumableWriter:
+        if not self.shared:
+            self.prepare()
+        return self
+
+    def prepare(self) -> None:
+        """Makes the segments' folder. VideoError where it holds those of something else."""
         plan = self.parts / "plan.json"
         with _cannot_be_written(self.parts):
             if self.fresh:
@@ -636,7 +653,6 @@ class ResumableWriter:
         if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
             way_out = "Use --fresh to start again, or another -o."
             raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
-        return self
 
     def write(self, rgb: np.ndarray, time: Fraction) -> None:
         """Append rgb (h w 3) uint8, shown from `time` seconds of the source on."""
@@ -655,15 +671,19 @@ class ResumableWriter:
     def __exit__(self, *error) -> None:
         try:
             self._finish_segment(*error)
-            if error[0] is None:
-                if not self._segments():
-                    raise VideoError(f"{self.path.name}: there is no frame to write")
-                with _cannot_be_written(self.path), complete(self.path) as unnamed:
-                    self._join(self._segments(), unnamed)
-                remove(self.parts)
+            if error[0] is None and not self.shared:
+                self.join()
         finally:
-            if not self._segments():
+            if not self.shared and not self._segments():
                 remove(self.parts)
+
+    def join(self) -> None:
+        """Makes the clip of all segments, which are gone then."""
+        if not self._segments():
+            raise VideoError(f"{self.path.name}: there is no frame to write")
+        with _cannot_be_written(self.path), complete(self.path) as unnamed:
+            self._join(self._segments(), unnamed)
+        remove(self.parts)
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
