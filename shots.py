@@ -30,32 +30,33 @@ DIFFERENT = 0.1  # Choice: of 0 to 1. 99 of 100 cuts are above 0.3, without colo
 STANDS_OUT = 3  # Choice: times the median difference around
 SIDE = 64  # pixels a side of the small pictures, whatever the frame's shape
 BINS = 16  # a channel, of the histogram of colours
-NOISE = 8.0  # grey levels by which small pictures of the same may differ: black frames, compressed
+NOISE = 6.0  # grey levels by which small pictures of the same may differ: black frames, compressed
 HANN = cv2.createHanningWindow((SIDE, SIDE), cv2.CV_32F)  # the borders of two frames never correspond
 
 
 class Small(NamedTuple):
     """What is kept of a frame."""
 
-    rgb: np.ndarray  # (SIDE SIDE 3) float32
-    grey: np.ndarray  # (SIDE SIDE) float32
+    picture: np.ndarray  # (SIDE SIDE 3) float32: YCrCb, the mean of Y taken away, so that light may change
+    luma: np.ndarray  # (SIDE SIDE), its Y
     colours: np.ndarray  # (BINS^3,), share of the pixels
-    energy: float  # mean variance of the channels, and some noise
+    energy: float  # mean variance of its channels, and NOISE
 
 
 def small(rgb: np.ndarray) -> Small:
     """Of a frame (h w 3) uint8."""
-    rgb = cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-    ycc = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)
+    ycc = cv2.cvtColor(cv2.resize(rgb, (SIDE, SIDE), interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2YCrCb)
     colours = cv2.calcHist([ycc], [0, 1, 2], None, [BINS] * 3, [0, 256] * 3).ravel() / SIDE**2
-    energy = float(np.square(cv2.meanStdDev(rgb)[1]).mean()) + NOISE**2
-    return Small(rgb.astype(np.float32), ycc[..., 0].astype(np.float32), colours, energy)
+    mean, deviation = cv2.meanStdDev(ycc)
+    picture = ycc.astype(np.float32) - np.float32([mean[0, 0], 0, 0])
+    energy = float(np.square(deviation).mean()) + NOISE**2
+    return Small(picture, picture[..., 0].copy(), colours, energy)
 
 
 def difference(a: Small, b: Small) -> float:
     """0 where two frames show the same, be it moved; 1 where they have nothing in common."""
     other_colours = 1 - np.minimum(a.colours, b.colours).sum()
-    (x, y), _ = cv2.phaseCorrelate(a.grey, b.grey, HANN)
+    (x, y), _ = cv2.phaseCorrelate(a.luma, b.luma, HANN)
     return float(other_colours * min(residual(a, b), residual(a, b, round(x), round(y)), 1))
 
 
@@ -63,8 +64,8 @@ def residual(a: Small, b: Small, x: int = 0, y: int = 0) -> float:
     """What is left of two frames' energy once a is moved by (x, y) and taken from b; 1 for strangers."""
     if max(abs(x), abs(y)) > 2 * SIDE // 3:  # too little is seen in both
         return 1.0
-    here = a.rgb[max(0, -y) : SIDE - max(0, y), max(0, -x) : SIDE - max(0, x)]
-    there = b.rgb[max(0, y) : SIDE + min(0, y), max(0, x) : SIDE + min(0, x)]
+    here = a.picture[max(0, -y) : SIDE - max(0, y), max(0, -x) : SIDE - max(0, x)]
+    there = b.picture[max(0, y) : SIDE + min(0, y), max(0, x) : SIDE + min(0, x)]
     return cv2.norm(here, there, cv2.NORM_L2SQR) / here.size / (a.energy + b.energy)
 
 
