@@ -411,7 +411,7 @@ def upscale(job: Job, net: Student, args: Args, store: Store, quiet: bool = Fals
     with VideoReader(job.clip, args.start) as reader, ExitStack() as stack:
         writers = writers_for(Path(job.output), reader, args, shared=job.jobs > 1)
         known, total = list(reader.notes), job.end or expected_frames(reader, args)
-        reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
+        reach, grid = (args.window - 1, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
         color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
 
         first, frames = frames_for(job.begin, reader, args, reach, grid)
