@@ -1,6 +1,7 @@
 """A clip on disk, read and written as streams. All that knows containers, codecs and colour matrices is here.
 
-    video | folder of frames | image  --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
+    video | animation | folder of frames | image (stills.py)
+                                      --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
     rgb (h w 3) uint8, time           --VideoWriter-->  H.264 video | folder of PNGs | PNG
                                   --ResumableWriter-->  the same in segments, which survive an interruption,
                                                         joined without encoding again, and the source's sound
@@ -19,14 +20,15 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from itertools import chain, dropwhile, islice
+from functools import cached_property, partial
+from itertools import accumulate, chain, dropwhile, islice, pairwise
 from pathlib import Path
+from statistics import median
 
 import av
 import numpy as np
@@ -35,21 +37,28 @@ from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from runtime import UserError, complete, explained, remove
+from runtime import complete, explained, remove
+from stills import IMAGE_SUFFIXES, VideoError, animation, as_rgb, is_moving, opened, profile, to_srgb
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+VIDEO_SUFFIXES = {
+    ".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv",
+    ".flv", ".3gp", ".ogv",
+}  # fmt: skip
 SEGMENT_SUFFIX = ".nut"  # FFmpeg's own container keeps any time exactly; MP4's start at zero, Matroska rounds
 VIDEO_FORMATS = {  # what H.264 is written to
     ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", SEGMENT_SUFFIX: "nut",
 }  # fmt: skip
 SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
+ONE_FOLDER = "Use one folder per clip."
 FOLDER_RATE = Fraction(25)  # Choice: frames in a folder carry no rate, and a video of them needs one
 COMMON_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 60)] + [Fraction(n) for n in (24, 25, 30, 50, 60)]
 RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable one
+JUMP = 10  # Choice: frames by which a clock may run ahead of the rate; beyond, it is another clock
+PAUSE = 60  # Choice: seconds that a frame of a variable rate may last
+TS_DISCONT = 0x200  # FFmpeg's flag of containers whose clock may jump: AVFMT_TS_DISCONT
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
 MAX_TIMESCALE = 10_000_000  # clock ticks a second; a sample's length in MP4 has 32 bits
@@ -70,10 +79,6 @@ HDR_MATRIX = 9 if PYAV >= 18 else BT709  # H.273: that of BT.2020; PyAV 17 takes
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
 # swscale's default darkens coloured photos by 0.9 to 1.4 levels; with both flags their mean is exact to 0.04.
 ACCURATE = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT: PyAV names them from 18 on
-
-
-class VideoError(UserError):
-    """A clip that cannot be read or written. The message is the one line the user sees."""
 
 
 def to_network(rgb: Tensor) -> Tensor:
@@ -106,36 +111,17 @@ def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple
     return tuple(slice(start, start + b) for start, b in zip(starts, part))
 
 
-# --- stills ---------------------------------------------------------------------------------------------
+OURS = re.compile(r"\d{6,}\.png")  # frames in a folder that we wrote
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is of a file manager, and nobody's data."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def _natural(path: Path) -> list[str | int]:
     """Sort key under which 2.png comes before 10.png."""
     return [int(s) if s.isdecimal() else s.lower() for s in re.split(r"(\d+)", path.name)]
-
-
-@contextmanager
-def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    with explained(f"{name}: corrupt image or none at all", "Replace it.", VideoError):
-        with Image.open(path) as image:
-            yield image
-
-
-def _image_size(path: Path, name: str) -> tuple[int, int]:
-    """(width, height) as shown, from the header alone."""
-    with _open_image(path, name) as image:
-        # EXIF orientations 5 to 8 lie on their side. Asking a PNG without EXIF for it would decode it whole.
-        turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
-        return image.size[::-1] if turned else image.size
-
-
-def _read_image(path: Path, name: str) -> np.ndarray:
-    """(h w 3) uint8, upright as its EXIF says, alpha dropped."""
-    with _open_image(path, name) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        return np.array(image.convert("RGB"))
 
 
 # --- reader ---------------------------------------------------------------------------------------------
@@ -180,18 +166,53 @@ def _seconds(stream: VideoStream) -> Fraction:
     return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) if tag else Fraction(0)
 
 
+def _matroska_is_cut(path: Path) -> bool:
+    """Whether a Matroska file (mkv, webm) is shorter than it says of itself: FFmpeg does not tell."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    at = header.find(b"\x18\x53\x80\x67") + 4  # the id of the segment, which is all of the file
+    if not header.startswith(b"\x1a\x45\xdf\xa3") or at < 4:
+        return False
+    length = 9 - header[at].bit_length()  # of its size, in bytes: the zeros in front of the first one
+    size = int.from_bytes(header[at : at + length], "big") & (mask := 2 ** (7 * length) - 1)
+    return size != mask and at + length + size > path.stat().st_size  # all ones: a live recording
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...]:
+    """(a, b, c, d): pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d, *_ = np.frombuffer(data, "=i4").tolist() if data else (1, 0, 0, 0, 1)
+    return a, b, c, d
+
+
+def _upright(rgb: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
+    """The frame (h w 3) turned and mirrored: of the eight ways the one nearest to the matrix."""
+    a, b, c, d = matrix
+    if _on_its_side(matrix):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _on_its_side(matrix: tuple[int, ...]) -> bool:
+    a, b, c, d = matrix
+    return abs(b) + abs(c) > abs(a) + abs(d)
+
+
 class VideoReader:
-    """A video (mp4, mkv, mov, webm, avi, ...), a folder of frames in natural order, or one image: a stream.
+    """A video (mp4, mkv, mov, webm, avi, ts, ...), a folder of frames in natural order, an animation (gif,
+    webp, png, avif) or one image: a stream.
 
     Opening decodes one frame, so what cannot be read raises VideoError here. Iterating yields Frames from
     `start` seconds on, as often as asked, once at a time; damage met on the way becomes a note at its end.
 
-    kind                 "video" | "folder" | "image"
+    kind                 "video" | "folder" | "animation" | "image"
     width, height        of the upright frame
     rate, constant_rate  frames a second, or their mean; whether every frame lies on the grid n / rate
     frames               expected number in the whole clip, for progress bars; None if unknown
     tick, start_time     seconds: the unit of the file's clock, and the first frame's time on it
-    aspect, hdr          width of a pixel by its height; H.273 (matrix, primaries, transfer); None if ordinary
+    shifts               seconds from the file's clock to the clip's: another one after each jump of it
+    aspect, hdr, icc     width of a pixel by its height; H.273 (matrix, primaries, transfer); colour profile;
+                         each None if ordinary
     notes                lines for the user
     """
 
@@ -200,7 +221,8 @@ class VideoReader:
         self.name = (self.path.name or str(self.path)) + "/" * self.path.is_dir()
         self.rate, self.constant_rate, self.frames = FOLDER_RATE, True, None
         self.tick = self.start_time = Fraction(0)
-        self.aspect, self.hdr = None, None
+        self.shifts = [Fraction(0)]
+        self.aspect, self.hdr, self.icc = None, None, None
         self.notes: list[str] = []
         self._container: InputContainer | None = None
         self._reformatter = VideoReformatter()
@@ -222,9 +244,10 @@ class VideoReader:
 
     def time_of(self, index: int) -> Fraction:
         """Presentation time of frame `index`, counted from 0, in seconds."""
-        if self.kind != "video" or self.constant_rate:
+        if self.constant_rate:
             return index / self.rate
-        times = sorted(self._packet_times(*self._open(), None))
+        moving = self.kind == "video"
+        times = sorted(self._packet_times(*self._open(), None)) if moving else self._times
         return times[index] - self.start_time if index < len(times) else times[-1] - self.start_time + 1
 
     def _note(self, text: str) -> None:
@@ -235,26 +258,50 @@ class VideoReader:
         files = [self.path] if self.kind == "image" else sorted(self.path.iterdir(), key=_natural)
         self._files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
         if not self._files:
-            raise VideoError(f"{self.name}: no frames in this folder (looked for png, jpg, webp, bmp)")
-        self.frames = len(self._files)
-        self.height, self.width = self._image(0).shape[:2]
-        for i, file in enumerate(self._files):
-            if (size := _image_size(file, self._image_name(i))) != (self.width, self.height):
-                found = f"{file.name} is {size[0]}x{size[1]}, expected {self.width}x{self.height}"
-                raise VideoError(f"{self.name}: {found}. Use one folder per clip.")
-        with Image.open(self._files[0]) as image:
+            raise VideoError(f"{self.name}: no frames in this folder (looked for png, jpg, webp, bmp, ...)")
+        with self._image(0) as image:
+            self.height, self.width = as_rgb(image).shape[:2]
+            self.icc, durations = profile(image), []
             if image.has_transparency_data:
                 self._note("alpha channel dropped")
+            if self.kind == "image" and is_moving(image):
+                self.kind, durations = "animation", [seconds for _, seconds in animation(image)]
+                self.rate, self.tick = len(durations) / sum(durations), Fraction(1, 1000)
+                self.constant_rate = len(set(durations)) == 1
+        self.frames = len(durations) or len(self._files)
+        self._times = [0, *accumulate(durations)][:-1] or [n / self.rate for n in range(self.frames)]
+        self._require_one_size()
 
-    def _image_name(self, i: int) -> str:
-        return self.name + self._files[i].name if self.kind == "folder" else self.name
+    def _require_one_size(self) -> None:
+        """VideoError where frames of a folder differ in size; whether they lie on their side shows when they
+        are read: EXIF may stand behind the picture."""
+        others = []
+        for i, file in enumerate(self._files):
+            with self._image(i) as image:
+                if sorted(image.size) != sorted((self.width, self.height)):
+                    others.append(f"{file.name} is {image.width}x{image.height}")
+        if others:
+            more = f" and {len(others) - 3} more" * (len(others) > 3)
+            found = ", ".join(others[:3]) + more
+            raise VideoError(f"{self.name}: {found}, expected {self.width}x{self.height}. {ONE_FOLDER}")
 
-    def _image(self, i: int) -> np.ndarray:
-        return _read_image(self._files[i], self._image_name(i))
+    def _image(self, i: int) -> AbstractContextManager[Image.Image]:
+        return opened(self._files[i], self.name + self._files[i].name * (self.kind == "folder"))
 
     def _iter_images(self) -> Iterator[Frame]:
+        if self.kind == "animation":
+            with self._image(0) as image:
+                for (frame, _), time in zip(animation(image), self._times):
+                    if time >= self.start:
+                        yield Frame(as_rgb(frame), time)
+            return
         for i in range(math.ceil(self.start * self.rate), len(self._files)):
-            yield Frame(self._image(i), i / self.rate)
+            with self._image(i) as image:
+                rgb = as_rgb(image)
+                if (h_w := rgb.shape[:2]) != (self.height, self.width):
+                    found = f"{self._files[i].name} is {h_w[1]}x{h_w[0]}, expected {self.width}x{self.height}"
+                    raise VideoError(f"{self.name}: {found}. {ONE_FOLDER}")
+            yield Frame(rgb, i / self.rate)
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         """The container, opened afresh, and its first moving picture (cover art is none)."""
@@ -280,21 +327,24 @@ class VideoReader:
             raise self._nothing_decodes(container)
         self._origin, self._size = first.pts, (first.width, first.height)
         self.start_time = (first.pts or 0) * self.tick
-        self._codec, self._quarters = stream.codec_context.name, round(first.rotation / 90)
+        self._codec, self._matrix = stream.codec_context.name, _display_matrix(first)
         try:
             self.height, self.width = self._rgb(first).shape[:2]
         except (av.error.FFmpegError, ValueError) as error:
             what = f"pixels of the kind {first.format.name} cannot be converted"
             raise VideoError(f"{self.name}: {what}. Convert the file to H.264 first.") from error
-        aspect = stream.codec_context.sample_aspect_ratio
+        aspect = stream.sample_aspect_ratio  # the container's, else the codec's
         if aspect not in (None, 0, 1):
-            self.aspect = 1 / aspect if self._quarters % 2 else aspect
+            self.aspect = 1 / aspect if _on_its_side(self._matrix) else aspect
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
         transfer = HDR_TRANSFERS.get(int(first.color_trc))
         if transfer:
             self.hdr = HDR_MATRIX, int(first.color_primaries), int(first.color_trc)
+        a, b, c, d = self._matrix
+        mirrored = a * d < b * c
         notes = {
-            f"rotated upright by {abs(first.rotation)} degrees": first.rotation,
+            "mirrored, as its header says": mirrored,
+            f"rotated upright by {abs(first.rotation)} degrees": first.rotation and not mirrored,
             "interlaced source; deinterlace first (ffmpeg -vf bwdif)": first.interlaced_frame,
             "alpha channel dropped": alpha,
             f"{transfer}/BT.2020 source; processed in its own transfer, tags copied, but written in 8 bits. "
@@ -303,10 +353,18 @@ class VideoReader:
         self.notes += [note for note, applies in notes.items() if applies]
 
     def _packet_times(self, container, stream, most: int | None) -> Iterator[Fraction]:
+        """Of the packets that are shown; a clock that starts again goes on."""
+        shift, newest, last = 0, None, None
         with suppress(av.error.FFmpegError):  # damage is met again, and reported, when decoding
             for packet in islice(container.demux(stream), most):
-                if packet.pts is not None and not packet.is_discard:
-                    yield packet.pts * self.tick
+                if packet.pts is None or packet.is_discard:
+                    continue
+                if packet.dts is not None:
+                    if last is not None and packet.dts < last:
+                        shift = newest + (packet.duration or 1) - packet.pts
+                    last = packet.dts
+                newest = packet.pts + shift if newest is None else max(newest, packet.pts + shift)
+                yield (packet.pts + shift) * self.tick
 
     def _probe_rate(self, container: InputContainer, stream: VideoStream) -> None:
         """Set tick, rate, constant_rate and frames from the first packets' timestamps, without decoding."""
@@ -314,33 +372,42 @@ class VideoReader:
         times = sorted(self._packet_times(container, stream, RATE_PACKETS))
         if len(times) > 2 * REORDERED:
             times = times[:-REORDERED]  # between the last ones some are still to come
+        steps = [b - a for a, b in pairwise(times)]
+        self._step = median(steps) if steps else Fraction(0)
         # Headers of remuxed files lie: 1000 frames a second is Matroska's clock.
         for self.rate in [r for r in (stream.guessed_rate, stream.average_rate) if r] + COMMON_RATES:
-            rounding = [time - n / self.rate for n, time in enumerate(times)] or [0]
+            smooth = accumulate((s if s <= JUMP * self._step else 1 / self.rate for s in steps), initial=0)
+            rounding = [time - n / self.rate for n, time in enumerate(smooth)]
             self.constant_rate = max(rounding) - min(rounding) <= self.tick
             if self.constant_rate:
+                self._step = 1 / self.rate
                 break
         else:
-            mean = (len(times) - 1) / max(times[-1] - times[0], self.tick)
+            steps = [step for step in steps if step <= PAUSE]
+            mean = len(steps) / max(sum(steps), self.tick)
             average = stream.average_rate or 0
             sane = mean / 2 < average < mean * 2
             self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
-        # A variable rate is only a mean: no promise of so many frames.
-        self._promised = stream.frames or round(_seconds(stream) * self.rate) * self.constant_rate
+        # Headers count what an edit list hides and the places of dropped frames; an index what is there.
+        index = [entry for entry in stream.index_entries if not entry.is_discard] if stream.frames else []
+        self._cut = any(entry.pos + entry.size > container.size for entry in index)
+        self._cut = self._cut or _matroska_is_cut(self.path)
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
-        self.frames = self._promised or round(longest * self.rate) or None
+        seconds = (self.constant_rate and _seconds(stream)) or longest  # a variable rate is only a mean
+        self.frames = len(index) or round(seconds * self.rate) or None
 
     def _decode(self, container, stream) -> Iterator[av.VideoFrame]:
         """Every frame that decodes. Choice: go on behind a damaged packet, as players do."""
         packets = container.demux(stream)
-        self._damaged = 0
+        self._damaged = begun = 0
         while True:
             try:
                 packet = next(packets, None)
                 frames = packet.decode() if packet is not None else []
             except av.error.FFmpegError:
-                self._damaged += 1
+                self._damaged += begun  # what a broadcast cut anywhere begins with, nobody misses
                 continue
+            begun = begun or len(frames) > 0
             yield from frames
             if packet is None:
                 break
@@ -348,8 +415,8 @@ class VideoReader:
             yield from stream.decode(None)
 
     def _decode_from(self, time: Fraction) -> Iterator[av.VideoFrame]:
-        """Frames from a key frame at or before `time` on."""
-        if time > 0 and self._origin is not None:
+        """Frames from a key frame at or before `time` on; from the first where the clock may not tell."""
+        if time > 0 and self._origin is not None and not self._jumps:
             target = self._origin + time / self.tick
             for back in (0, 5):  # seconds; an index may point behind the time asked for
                 container, stream = self._open()
@@ -362,30 +429,82 @@ class VideoReader:
                         return chain([first], frames)
         return self._decode(*self._open())
 
+    @cached_property
+    def _jumps(self) -> bool:
+        """Whether the clock of a container where this happens goes back or far ahead: all of it is read."""
+        container, stream = self._open()
+        if not int(container.format.flags) & TS_DISCONT:
+            return False
+        with suppress(av.error.FFmpegError):
+            times = [p.dts * self.tick for p in container.demux(stream) if p.dts is not None]
+            return not all(0 <= b - a <= self._longest_step for a, b in pairwise(times))
+        return True
+
+    @cached_property
+    def _sound_times(self) -> list[Fraction]:
+        """When the packets of the first sound begin, on the file's clock."""
+        times = []
+        with _open_container(self.path, self.name) as container, suppress(av.error.FFmpegError):
+            for packet in container.demux(container.streams.audio[:1] or ()):
+                if packet.pts is not None:
+                    times.append(packet.pts * packet.time_base)
+        return times
+
+    @property
+    def _longest_step(self) -> Fraction:
+        return max(JUMP * self._step, 0 if self.constant_rate else PAUSE)
+
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """(h w 3) uint8, upright, at the first frame's size."""
         if (frame.width, frame.height) != self._size:
             # Choice: players resize their window; a clip has one size here.
             self._note("the frame size changes on the way; frames scaled to the first one's size")
         rgb = {"src_colorspace": _matrix(frame, self._codec), "dst_color_range": ColorRange.JPEG}
-        frame = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(), self._quarters))
+        limited_grey = len(frame.format.components) == 1 and frame.color_range == ColorRange.MPEG
+        if limited_grey:  # swscale takes all grey for full
+            rgb["src_color_range"] = ColorRange.JPEG
+        converted = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
+        shown = _upright(converted.to_ndarray(), self._matrix)
+        if limited_grey:
+            most = (2 ** frame.format.components[0].bits - 1) / 2 ** (frame.format.components[0].bits - 8)
+            black, white = 16 * 255 / most, 235 * 255 / most
+            levels = (np.arange(256) - black) * 255 / (white - black)
+            shown = (levels + 0.5).clip(0, 255).astype(np.uint8)[shown]
+        return shown
 
-    def _time(self, frame: av.VideoFrame, index: int) -> Fraction:
-        """Seconds since the first frame; what a coarse clock has rounded off a constant rate is restored."""
-        if frame.pts is None or self._origin is None:
-            return index / self.rate
-        time = (frame.pts - self._origin) * self.tick
-        grid = round(time * self.rate) / self.rate
-        return grid if self.constant_rate and abs(time - grid) <= self.tick else time
+    def _timed(self, frames: Iterable[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+        """Frames in their order, with their seconds since the first.
+
+        Where the file's clock goes back, or ahead by more than JUMP frames while no sound fills the pause,
+        the clip goes on at its rate: streams joined end to end, clocks that wrap. `shifts` tells the sound.
+        """
+        self.shifts, raw, time = [-self.start_time], None, -self.tick
+        for frame in frames:
+            last, before = raw, time
+            if frame.pts is not None and self._origin is not None:
+                raw = frame.pts * self.tick
+            else:
+                raw = self.start_time if last is None else last + self._step
+            if last is not None and (raw <= last - self._step / 2 or self._is_jump(last, raw)):
+                self.shifts.append(before + self._step - raw)
+            time = raw + self.shifts[-1]
+            # What a coarse clock has rounded off a constant rate is restored.
+            grid = round(time * self.rate) / self.rate
+            time = grid if self.constant_rate and abs(time - grid) <= self.tick else time
+            if time <= before and last is not None:
+                self._note("timestamps that do not increase were moved behind their predecessors")
+                time = before + self.tick
+            yield frame, time
+
+    def _is_jump(self, last: Fraction, now: Fraction) -> bool:
+        gap = now - last
+        return gap > self._longest_step and not any(
+            last + gap / 4 < time < now - gap / 4 for time in self._sound_times
+        )
 
     def _iter_video(self) -> Iterator[Frame]:
-        time, shown = Fraction(-1), 0
-        for index, frame in enumerate(self._decode_from(self.start)):
-            last, time = time, self._time(frame, index)
-            if time <= last:
-                self._note("timestamps that do not increase were moved behind their predecessors")
-                time = last + self.tick
+        shown = 0
+        for frame, time in self._timed(self._decode_from(self.start)):
             if time < self.start - Fraction(1, 10**6):  # a float cannot hold most frame times
                 continue
             try:
@@ -395,9 +514,8 @@ class VideoReader:
                 continue
             shown += 1
             yield Frame(rgb, time)
-        promised = 0 if self.start else self._promised
-        if self._damaged or shown < 0.9 * promised:
-            of = f" of {promised}" if promised else ""
+        if self._damaged or self._cut:
+            of = f" of {self.frames}" if self.frames and not self.start else ""
             self._note(f"damaged or truncated: {shown}{of} frames decode. Is the download complete?")
 
 
@@ -419,6 +537,12 @@ def read_clip(path: str | Path, start_frame: int = 0, frames: int | None = None)
 # --- writer ---------------------------------------------------------------------------------------------
 
 
+def suffix_of(path: Path) -> str:
+    """What kind of file a name asks for, "" where it is a folder's: as My.Movie.1080p is."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES | {SEGMENT_SUFFIX} else ""
+
+
 def _cannot_be_written(path: Path) -> AbstractContextManager:
     """The disk's and FFmpeg's complaints in one line."""
     causes = OSError, av.error.FFmpegError
@@ -432,7 +556,7 @@ def _refuse(path: Path, width: int, height: int) -> None:
 
     A file replaces a file, numbered PNGs replace numbered PNGs; nothing else is ever overwritten.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in (*VIDEO_FORMATS, ".png", ""):
         way_out = "Use .mp4, .mkv, .mov, .png, or a folder for PNGs."
         raise VideoError(f"{path.name}: cannot write {suffix}. {way_out}")
@@ -442,7 +566,7 @@ def _refuse(path: Path, width: int, height: int) -> None:
     if not path.parent.is_dir():
         raise VideoError(f"{path}: there is no folder {path.parent}. Create it first.")
     folder = path.is_dir()
-    foreign = folder and any(not re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(path))
+    foreign = folder and any(not OURS.fullmatch(name) for name in os.listdir(path) if not is_hidden(name))
     if path.exists() and (foreign or folder == bool(suffix)):
         raise VideoError(f"{path.name}: something else has this name. Choose another output.")
 
@@ -450,18 +574,20 @@ def _refuse(path: Path, width: int, height: int) -> None:
 class _Images:
     """Numbered PNGs in a folder, or one PNG, compressed by a few threads."""
 
-    def __init__(self, path: Path):
-        self.path, self.written, self.saving = path, 0, deque()
+    def __init__(self, path: Path, icc: bytes | None):
+        self.path, self.icc, self.written, self.saving = path, icc, 0, deque()
+        self.one = suffix_of(path) != ""
         self.threads = ThreadPoolExecutor(PNG_THREADS)
-        if not path.suffix:
+        if not self.one:
             path.mkdir()
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
-        if self.written and self.path.suffix:
+        if self.written and self.one:
             raise VideoError("a .png holds one frame, not a clip. Give a folder or a video as the output.")
-        file = self.path if self.path.suffix else self.path / f"{self.written:06d}.png"
+        file = self.path if self.one else self.path / f"{self.written:06d}.png"
         # Level 1 of 9: the default takes several times longer to save a tenth of the room.
-        save = partial(Image.fromarray(rgb.copy()).save, file, format="PNG", compress_level=1)
+        options = {"format": "PNG", "compress_level": 1, "icc_profile": self.icc}
+        save = partial(Image.fromarray(rgb.copy()).save, file, **options)
         self.saving.append(self.threads.submit(save))
         self.written += 1
         self.wait_for(all_but=2 * PNG_THREADS)
@@ -503,12 +629,13 @@ class _Video:
         codec.colorspace, codec.color_primaries, codec.color_trc = self.colour
         codec.color_range = ColorRange.MPEG
         codec.sample_aspect_ratio = (source and source.aspect) or Fraction(1)
+        self.icc = source and source.icc
         self.reformatter = VideoReformatter()
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
         time = self.written / self.rate if time is None else Fraction(time)
         yuv = {"format": "yuv420p", "dst_colorspace": self.colour[0], "dst_color_range": ColorRange.MPEG}
-        frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+        frame = av.VideoFrame.from_ndarray(to_srgb(rgb, self.icc) if self.icc else rgb, format="rgb24")
         frame = self.reformatter.reformat(
             frame, src_color_range=ColorRange.JPEG, interpolation=ACCURATE, **yuv
         )
@@ -550,14 +677,15 @@ class VideoWriter:
     ):
         self.path, self._shape = Path(path), (height, width, 3)
         self._settings = width, height, Fraction(rate), source, crf, preset
+        self._icc = source and source.icc
         self._open = ExitStack()
         _refuse(self.path, width, height)
 
     def __enter__(self) -> VideoWriter:
         with _cannot_be_written(self.path), self._open as stack:  # undone where the next lines fail
             unnamed = stack.enter_context(complete(self.path))
-            is_video = unnamed.suffix.lower() in VIDEO_FORMATS
-            self._sink = _Video(unnamed, *self._settings) if is_video else _Images(unnamed)
+            is_video = suffix_of(unnamed) in VIDEO_FORMATS
+            self._sink = _Video(unnamed, *self._settings) if is_video else _Images(unnamed, self._icc)
             stack.callback(self._sink.close)
             self._open = stack.pop_all()
         return self
@@ -620,7 +748,7 @@ class ResumableWriter:
             self.done += SEGMENT  # a segment has its name only once it is whole
 
     def _segment_path(self) -> Path:
-        suffix = self.path.suffix.lower()
+        suffix = suffix_of(self.path)
         return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
 
     def __enter__(self) -> ResumableWriter:
@@ -667,12 +795,12 @@ class ResumableWriter:
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
-        return sorted(path for path in found if re.fullmatch(r"\d{8,}", path.stem))
+        return sorted(path for path in found if re.fullmatch(r"\d{8,}(\.\w+)?", path.name))
 
     def _join(self, segments: list[Path], path: Path) -> None:
-        if path.suffix.lower() in VIDEO_FORMATS:
+        if suffix_of(path) in VIDEO_FORMATS:
             self.notes += _join_videos(segments, path, self.source, self.to_end)
-        elif path.suffix:  # one PNG
+        elif suffix_of(path):  # one PNG
             os.replace(segments[0], path)
         else:
             _join_folders(segments, path)
@@ -680,8 +808,8 @@ class ResumableWriter:
 
 def _join_folders(segments: list[Path], path: Path) -> None:
     path.mkdir()
-    files = (file for folder in segments for file in sorted(folder.iterdir(), key=_natural))
-    for n, file in enumerate(files):
+    files = chain.from_iterable(sorted(folder.iterdir(), key=_natural) for folder in segments)
+    for n, file in enumerate(file for file in files if OURS.fullmatch(file.name)):
         try:
             os.link(file, path / f"{n:06d}.png")
         except OSError:  # a disk without hard links
@@ -706,7 +834,7 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
             last = max(packet.pts for packet in _segment_packets(segments[-1], tick, headers))
             end = (last + step) * tick
         pictures = _pictures(segments, origin, joined, tick, step)
-        sounds = _sounds(original, streams, source.start_time, origin * tick, end, notes) if streams else ()
+        sounds = _sounds(original, streams, source.shifts, origin * tick, end, notes) if streams else ()
         for packet in heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base):
             try:
                 container.mux_one(packet)
@@ -759,26 +887,40 @@ def _sound_streams(original: InputContainer, container: OutputContainer, notes: 
 
 
 def _sounds(
-    original: InputContainer, streams: dict, zero: Fraction, origin: Fraction, end, notes: list[str]
+    original: InputContainer, streams: dict, shifts: list[Fraction], origin: Fraction, end, notes: list[str]
 ) -> Iterator[av.Packet]:
     """The original's packets for `streams`, untouched, from `origin` to `end` seconds (None: to their end).
 
-    Times count from `zero`, its first picture. `origin` becomes the output's zero: a cut clip starts with the
-    packet that sounds at its first frame.
+    Times are the picture's: the reader's `shifts` from the file's clock, of which a stream takes the next one
+    where that brings its packets closer together. `origin` becomes the output's zero: a cut clip starts with
+    the packet that sounds at its first frame.
     """
+    picture = [s for s in original.streams.video[:1] if len(shifts) > 1]  # says where subtitles are
+    place = dict.fromkeys((*streams, *(s.index for s in picture)), 0)  # which of the shifts a stream is at
+    ends: dict[int, Fraction] = {}  # of each stream's last packet
     try:
-        for packet in original.demux(*(original.streams[i] for i in streams)):
-            if packet.dts is None:
+        for packet in original.demux(*(original.streams[i] for i in streams), *picture):
+            if packet.dts is None or packet.is_discard:
                 continue
-            tick = packet.time_base
-            time = packet.dts * tick - zero
-            over = origin > 0 and time + (packet.duration or 0) * tick <= origin
-            if over or (end is not None and time >= end):
+            tick, i = packet.time_base, packet.stream.index
+            time, length = packet.dts * tick, (packet.duration or 0) * tick
+            if len(shifts) > 1:
+                guide = picture[0].index if packet.stream.type == "subtitle" else i
+                there = ends.get(guide, time + shifts[0])
+                later = range(place[i], len(shifts))
+                place[i] = min(later, key=lambda n: abs(time + shifts[n] - there))
+                overlaps = time + shifts[place[i]] + length / 2 < ends.get(i, time + shifts[0])
+                if overlaps and packet.stream.type == "audio":  # more sound than picture before a jump
+                    continue
+            time += shifts[place[i]]
+            ends[i] = time + length
+            over = origin > 0 and time + length <= origin
+            if i not in streams or over or (end is not None and time >= end):
                 continue
-            shift = round((zero + origin) / tick)
-            packet.dts -= shift
-            packet.pts = None if packet.pts is None else packet.pts - shift
-            packet.stream = streams[packet.stream.index]
+            shift = round((shifts[place[i]] - origin) / tick)
+            packet.dts += shift
+            packet.pts = None if packet.pts is None else packet.pts + shift
+            packet.stream = streams[i]
             yield packet
     except av.error.FFmpegError:
         notes.append("sound: damaged or truncated; kept up to the damage")
