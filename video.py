@@ -57,6 +57,7 @@ FOLDER_RATE = Fraction(25)  # Choice: frames in a folder carry no rate, and a vi
 COMMON_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 60)] + [Fraction(n) for n in (24, 25, 30, 50, 60)]
 RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable one
 JUMP = 10  # Choice: frames by which a clock may run ahead of the rate; beyond, it is another clock
+PREROLL = Fraction(1, 10)  # seconds, more than any codec needs to hear before what is to be heard
 PAUSE = 60  # Choice: seconds that a frame of a variable rate may last
 TS_DISCONT = 0x200  # FFmpeg's flag of containers whose clock may jump: AVFMT_TS_DISCONT
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
@@ -74,6 +75,13 @@ PYAV = int(av.__version__.partition(".")[0])
 FOREIGN_TEXT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
+# Tags that speak of the file, not of the film.
+OF_THE_FILE = re.compile(
+    "encoder|major_brand|minor_version|compatible_brands|duration|bps|number_of_|_statistics|handler_name|"
+    "vendor_id|alpha_mode|filename|mimetype",
+    re.IGNORECASE,
+)
+TRACK_TAGS = ("title", "language")
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
 HDR_MATRIX = 9 if PYAV >= 18 else BT709  # H.273: that of BT.2020; PyAV 17 takes it for BT.601 where it writes
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
@@ -135,10 +143,10 @@ class Frame:
     time: Fraction
 
 
-def _open_container(path: Path, name: str) -> InputContainer:
+def _open_container(path: Path, name: str, **options: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **FOREIGN_TEXT)
+        return av.open(f"file:{path}", options={"protocol_whitelist": "file"} | options, **FOREIGN_TEXT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -826,22 +834,41 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
         with _open_container(segments[0], segments[0].name) as first:
             joined = container.add_stream_from_template(first.streams.video[0], opaque=True)
         joined.time_base, joined.codec_context.framerate = tick, source.rate
-        streams = _sound_streams(original, container, notes) if original else {}
         headers = joined.codec_context.extradata
         origin = min(packet.pts for packet in _segment_packets(segments[0], tick, headers))
         end = None
         if not to_end:
             last = max(packet.pts for packet in _segment_packets(segments[-1], tick, headers))
             end = (last + step) * tick
+        streams, covers, misfits = {}, [], []
+        if original:
+            whole = stack.enter_context(_open_container(source.path, source.name, ignore_editlist="1"))
+            picture = next(s for s in original.streams.video if not s.disposition & Disposition.attached_pic)
+            joined.metadata.update({k: v for k, v in _tags(picture).items() if k in TRACK_TAGS})
+            joined.disposition = picture.disposition
+            streams = _sound_streams(original, whole, container, misfits)
+            covers = _surroundings(original, whole, container, misfits)
+            container.set_chapters(_chapters(original, source.shifts[0] - origin * tick, end))
         pictures = _pictures(segments, origin, joined, tick, step)
         sounds = _sounds(original, streams, source.shifts, origin * tick, end, notes) if streams else ()
-        for packet in heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base):
+        packets = heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base)
+        for packet in chain(covers, packets):
             try:
                 container.mux_one(packet)
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 if packet.stream is joined:
                     raise
                 notes.append("sound: damaged packets were left out")
+        places = {i: stream.index for i, stream in streams.items()}
+        container.close()
+        if original:
+            with _open_container(path, path.name) as result:
+                misfits += _lost(result, original, places)
+        if misfits:
+            s, are = ("", "are") if len(misfits) > 1 else ("es", "is")
+            more = "" if path.suffix == ".mkv" else " An .mkv output holds more kinds."
+            fit = f"do{s} not fit into {path.suffix} and {are} left out.{more}"
+            notes.append(f"{', '.join(dict.fromkeys(misfits))} {fit}")
     return list(dict.fromkeys(notes))
 
 
@@ -871,19 +898,79 @@ def _segment_packets(path: Path, tick: Fraction, headers: bytes) -> list[av.Pack
     return packets
 
 
-def _sound_streams(original: InputContainer, container: OutputContainer, notes: list[str]) -> dict:
-    """New streams for the original's audio and subtitles, by their index there; a note for each misfit."""
+def _sound_streams(
+    original: InputContainer, whole: InputContainer, container: OutputContainer, misfits: list[str]
+) -> dict:
+    """New streams for the original's audio and subtitles, by their index there. whole: the original opened
+    without its edit lists, for what they hide in front would be a decoder's delay in other containers."""
     streams = {}
     for stream in (*original.streams.audio, *original.streams.subtitles):
+        hidden = getattr(stream.codec_context, "initial_padding", 0)
+        cut = stream.type == "audio" and hidden > PREROLL * stream.codec_context.sample_rate
         try:
-            streams[stream.index] = container.add_stream_from_template(stream)
-            streams[stream.index].metadata.update(stream.metadata)
+            template = whole.streams[stream.index] if cut else stream
+            new = container.add_stream_from_template(template)
         except ValueError:  # PyAV asks the container's list of codecs
-            kind = f"{stream.type} {stream.codec_context.name if stream.codec_context else '(unknown)'}"
-            suffix = Path(container.name).suffix
-            more = "" if suffix == ".mkv" else " An .mkv output holds more kinds."
-            notes.append(f"{kind} does not fit into {suffix} and is left out.{more}")
+            codec = stream.codec_context.name if stream.codec_context else "(unknown)"
+            misfits.append(f"{stream.type} {codec}")
+            continue
+        new.metadata.update(_tags(stream))
+        new.disposition, streams[stream.index] = stream.disposition, new
     return streams
+
+
+def _tags(of) -> dict[str, str]:
+    """Those of a film or a track that do not speak of its file. MP4 calls a track's title its name."""
+    tags = {k: v for k, v in of.metadata.items() if not OF_THE_FILE.match(k)}
+    return {"title": tags.pop("name")} | tags if "name" in tags else tags
+
+
+def _surroundings(
+    original: InputContainer, whole: InputContainer, container: OutputContainer, misfits: list[str]
+) -> list[av.Packet]:
+    """What else belongs to a film: tags, fonts for its subtitles, cover art. Returns the covers' packets."""
+    suffix = suffix_of(Path(container.name))
+    container.metadata.update(_tags(original))
+    packets, files = [], [(f.name, f.mimetype, f.data) for f in original.streams.attachments]
+    for cover in (s for s in whole.streams.video if s.disposition & Disposition.attached_pic):
+        packet = next(packet for packet in whole.demux(cover) if packet.size)
+        kind = cover.codec_context.name.replace("mjpeg", "jpeg")
+        if suffix not in (".mp4", ".m4v"):
+            files.append((cover.metadata.get("filename", f"cover.{kind}"), f"image/{kind}", bytes(packet)))
+            continue
+        packet.stream = container.add_stream_from_template(cover)
+        packet.stream.disposition, packet.pts, packet.dts = Disposition.attached_pic, 0, 0
+        packets.append(packet)
+    for name, kind, content in files:
+        if suffix == ".mkv":
+            container.add_attachment(name, kind or "application/octet-stream", content)
+        else:
+            misfits.append(f"attachment {name}")
+    return packets
+
+
+def _chapters(original: InputContainer, shift: Fraction, end: Fraction | None) -> list[dict]:
+    """The original's, moved by `shift` seconds and cut at 0 and `end`."""
+    chapters = []
+    for chapter in original.chapters():
+        tick = chapter["time_base"]
+        last = math.inf if end is None else round(end / tick)
+        start, stop = (min(max(0, chapter[place] + round(shift / tick)), last) for place in ("start", "end"))
+        if start < stop:
+            chapters.append(chapter | {"start": start, "end": stop})
+    return chapters
+
+
+def _lost(result: InputContainer, original: InputContainer, places: dict[int, int]) -> list[str]:
+    """Tags and flags that the result's container did not keep: each has its own list."""
+    kept = {name.lower() for name in result.metadata}
+    lost = [f"tag {name}" for name in _tags(original) if name.lower() not in kept]
+    for place, new in places.items():
+        source, now = original.streams[place], result.streams[new]
+        gone = {k: v for k, v in _tags(source).items() if k in TRACK_TAGS and _tags(now).get(k) != v}
+        lost += [f"{name} {value}" for name, value in gone.items() if value != "und"]
+        lost += [f"flag {flag.name}" for flag in Disposition if source.disposition & flag & ~now.disposition]
+    return lost
 
 
 def _sounds(
@@ -897,23 +984,26 @@ def _sounds(
     """
     picture = [s for s in original.streams.video[:1] if len(shifts) > 1]  # says where subtitles are
     place = dict.fromkeys((*streams, *(s.index for s in picture)), 0)  # which of the shifts a stream is at
-    ends: dict[int, Fraction] = {}  # of each stream's last packet
+    starts: dict[int, Fraction] = {}  # of each stream's last packet
+    usual: dict[int, Fraction] = {}  # length of its packets
     try:
         for packet in original.demux(*(original.streams[i] for i in streams), *picture):
-            if packet.dts is None or packet.is_discard:
+            if packet.dts is None:
                 continue
             tick, i = packet.time_base, packet.stream.index
             time, length = packet.dts * tick, (packet.duration or 0) * tick
+            if packet.is_discard and time + length < 0:  # cut off by an edit list, which begins at zero
+                continue
             if len(shifts) > 1:
                 guide = picture[0].index if packet.stream.type == "subtitle" else i
-                there = ends.get(guide, time + shifts[0])
+                there = starts.get(guide, time + shifts[0])
                 later = range(place[i], len(shifts))
                 place[i] = min(later, key=lambda n: abs(time + shifts[n] - there))
-                overlaps = time + shifts[place[i]] + length / 2 < ends.get(i, time + shifts[0])
+                usual[i] = min(length, usual.get(i, length))  # before a jump MP4 has packets of hours
+                overlaps = time + shifts[place[i]] < starts.get(i, -math.inf) + usual[i] / 2
                 if overlaps and packet.stream.type == "audio":  # more sound than picture before a jump
                     continue
-            time += shifts[place[i]]
-            ends[i] = time + length
+            starts[i] = time = time + shifts[place[i]]
             over = origin > 0 and time + length <= origin
             if i not in streams or over or (end is not None and time >= end):
                 continue
