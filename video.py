@@ -13,6 +13,7 @@ sets are uint8 RGB, networks take [-1, 1]; `to_network` and `to_uint8` are the o
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import math
@@ -37,6 +38,7 @@ from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
@@ -59,6 +61,7 @@ RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable 
 JUMP = 10  # Choice: frames by which a clock may run ahead of the rate; beyond, it is another clock
 PREROLL = Fraction(1, 10)  # seconds, more than any codec needs to hear before what is to be heard
 PAUSE = 60  # Choice: seconds that a frame of a variable rate may last
+LONGEST_NAME = 255  # bytes
 TS_DISCONT = 0x200  # FFmpeg's flag of containers whose clock may jump: AVFMT_TS_DISCONT
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
@@ -77,7 +80,7 @@ FOREIGN_TEXT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
 # Tags that speak of the file, not of the film.
 OF_THE_FILE = re.compile(
-    "encoder|major_brand|minor_version|compatible_brands|duration|bps|number_of_|_statistics|handler_name|"
+    "encoder|software|com.android|major_brand|minor_version|compatible_brands|duration|bps|number_of_|_statistics|handler_name|"
     "vendor_id|alpha_mode|filename|mimetype",
     re.IGNORECASE,
 )
@@ -264,7 +267,7 @@ class VideoReader:
 
     def _probe_images(self) -> None:
         files = [self.path] if self.kind == "image" else sorted(self.path.iterdir(), key=_natural)
-        self._files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+        self._files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(f.name)]
         if not self._files:
             raise VideoError(f"{self.name}: no frames in this folder (looked for png, jpg, webp, bmp, ...)")
         with self._image(0) as image:
@@ -551,6 +554,15 @@ def suffix_of(path: Path) -> str:
     return suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES | {SEGMENT_SUFFIX} else ""
 
 
+def with_ending(path: Path, ending: str) -> Path:
+    """`path` with an ending to its name, shortened where file systems would not take it."""
+    name, room = os.fsencode(path.name), LONGEST_NAME - len(os.fsencode(ending))
+    if len(name) <= room:
+        return path.with_name(path.name + ending)
+    mark = "-" + hashlib.sha256(name).hexdigest()[:8]
+    return path.with_name(name[: room - len(mark)].decode(errors="ignore") + mark + ending)
+
+
 def _cannot_be_written(path: Path) -> AbstractContextManager:
     """The disk's and FFmpeg's complaints in one line."""
     causes = OSError, av.error.FFmpegError
@@ -745,7 +757,7 @@ class ResumableWriter:
         **encoding,
     ):
         _refuse(path, width, height)
-        self.path, self.parts = path, path.with_name(f"{path.name}.parts")
+        self.path, self.parts = path, with_ending(path, ".parts")
         self.source, self.made_by, self.fresh, self.to_end = source, made_by, fresh, to_end
         self.done, self.notes = 0, []
         self._new_segment = lambda: VideoWriter(
@@ -760,11 +772,18 @@ class ResumableWriter:
         return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
 
     def __enter__(self) -> ResumableWriter:
-        plan = self.parts / "plan.json"
+        plan, lock = self.parts / "plan.json", self.parts / ".lock"
         with _cannot_be_written(self.parts):
-            if self.fresh:
-                remove(self.parts)
             self.parts.mkdir(exist_ok=True)
+            self._lock = FileLock(lock, timeout=0)  # dies with its process
+            try:
+                self._lock.acquire()
+            except Timeout:
+                way_out = "Wait for it, or choose another -o."
+                raise VideoError(f"{self.path.name}: another run is at work on it. {way_out}") from None
+            for old in self.parts.iterdir() if self.fresh else ():
+                if old != lock:
+                    remove(old)
             if not plan.exists():
                 with complete(plan) as unnamed:
                     unnamed.write_text(json.dumps(self.made_by))
@@ -789,6 +808,7 @@ class ResumableWriter:
             segment.__exit__(*(error or (None, None, None)))
 
     def __exit__(self, *error) -> None:
+        done = False
         try:
             self._finish_segment(*error)
             if error[0] is None:
@@ -796,10 +816,13 @@ class ResumableWriter:
                     raise VideoError(f"{self.path.name}: there is no frame to write")
                 with _cannot_be_written(self.path), complete(self.path) as unnamed:
                     self._join(self._segments(), unnamed)
-                remove(self.parts)
+                done = True
         finally:
-            if not self._segments():
+            self._lock.release()
+            if done or not self._segments():
                 remove(self.parts)
+            else:
+                remove(self.parts / ".lock")
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
