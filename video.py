@@ -23,7 +23,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
@@ -62,6 +62,7 @@ JUMP = 10  # Choice: frames by which a clock may run ahead of the rate; beyond, 
 PREROLL = Fraction(1, 10)  # seconds, more than any codec needs to hear before what is to be heard
 PAUSE = 60  # Choice: seconds that a frame of a variable rate may last
 LONGEST_NAME = 255  # bytes
+LOCK = ".lock"  # in the folder of segments
 TS_DISCONT = 0x200  # FFmpeg's flag of containers whose clock may jump: AVFMT_TS_DISCONT
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
@@ -560,7 +561,8 @@ def with_ending(path: Path, ending: str) -> Path:
     if len(name) <= room:
         return path.with_name(path.name + ending)
     mark = "-" + hashlib.sha256(name).hexdigest()[:8]
-    return path.with_name(name[: room - len(mark)].decode(errors="ignore") + mark + ending)
+    whole = name[: room - len(mark)].decode(errors="ignore").encode()  # without half a character at its end
+    return path.with_name(os.fsdecode(whole) + mark + ending)
 
 
 def _cannot_be_written(path: Path) -> AbstractContextManager:
@@ -772,26 +774,34 @@ class ResumableWriter:
         return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
 
     def __enter__(self) -> ResumableWriter:
-        plan, lock = self.parts / "plan.json", self.parts / ".lock"
-        with _cannot_be_written(self.parts):
-            self.parts.mkdir(exist_ok=True)
-            self._lock = FileLock(lock, timeout=0)  # dies with its process
-            try:
-                self._lock.acquire()
-            except Timeout:
-                way_out = "Wait for it, or choose another -o."
-                raise VideoError(f"{self.path.name}: another run is at work on it. {way_out}") from None
+        plan = self.parts / "plan.json"
+        with ExitStack() as stack, _cannot_be_written(self.parts):
+            stack.enter_context(self._alone())
             for old in self.parts.iterdir() if self.fresh else ():
-                if old != lock:
+                if old.name != LOCK:
                     remove(old)
             if not plan.exists():
                 with complete(plan) as unnamed:
                     unnamed.write_text(json.dumps(self.made_by))
-        made = json.loads(plan.read_text())
-        if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
-            way_out = "Use --fresh to start again, or another -o."
-            raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+            made = json.loads(plan.read_text())
+            if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
+                way_out = "Use --fresh to start again, or another -o."
+                raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+            self._locked = stack.pop_all()
         return self
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """VideoError where another run writes the same; what holds it off ends with this process."""
+        self.parts.mkdir(exist_ok=True)
+        try:
+            with FileLock(self.parts / LOCK, timeout=0):
+                yield
+                with suppress(OSError):  # Windows removes nothing that is open
+                    (self.parts / LOCK).unlink()
+        except Timeout:
+            way_out = "Wait for it, or choose another -o."
+            raise VideoError(f"{self.path.name}: another run is at work on it. {way_out}") from None
 
     def write(self, rgb: np.ndarray, time: Fraction) -> None:
         """Append rgb (h w 3) uint8, shown from `time` seconds of the source on."""
@@ -818,11 +828,9 @@ class ResumableWriter:
                     self._join(self._segments(), unnamed)
                 done = True
         finally:
-            self._lock.release()
+            self._locked.close()
             if done or not self._segments():
                 remove(self.parts)
-            else:
-                remove(self.parts / ".lock")
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
