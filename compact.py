@@ -139,10 +139,11 @@ def warping_loss(x_s: Tensor, hr: Tensor) -> Tensor:
 
 
 def load_student(folder_or_id: str | Path) -> Student:
-    """The student in a folder or under a hub id: of the class that its `config.json` names, `AdcVSR` if none.
-
-    Raises `WeightsError`.
+    """The student in a folder or under a hub id: of the class that its `config.json` names, `AdcVSR` if none;
+    from a .pth file, Real-ESRGAN's small network, frame by frame. Raises `WeightsError`.
     """
+    if str(folder_or_id).endswith(".pth"):
+        return CompactVSR.from_realesrgan(folder_or_id)
     way_out = "Give a folder with config.json and model.safetensors, or a hub id."
     with explained(f"{folder_or_id}: cannot load a student", way_out, WeightsError):
         inside = Path(folder_or_id) / "config.json"
