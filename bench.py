@@ -1,7 +1,7 @@
 """Benchmarks, each a table: `python bench.py quality`, or another of these:
 
-    quality   PSNR, SSIM, detail and E*_warp of students, on clips that training never saw
-    heads     the same of compact's stage 2, trained once for each split of channels between the heads (Table 6)
+    quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
+    heads     the same of compact's stage 2, trained once for each split of the heads' channels (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
     table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
     train1    one step of stage 1 on one clip: seconds, memory, operations
@@ -41,7 +41,17 @@ from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips, pro
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
-from metrics import DISTS, detail, dis_flow, efficientnet_lite, map_similarity, psnr, ssim, strips, warping_errors
+from metrics import (
+    DISTS,
+    detail,
+    dis_flow,
+    efficientnet_lite,
+    map_similarity,
+    psnr,
+    ssim,
+    strips,
+    warping_errors,
+)
 from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, bicubic
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
 from seedvr2 import PRESETS as SEEDVR2
@@ -145,7 +155,7 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
 
 
 class Judge:
-    """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training here saw.
+    """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training saw.
 
     Needs no download but a package of 20 MB, and ranks as the eye does. Without it every distance is nan.
     """

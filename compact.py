@@ -108,7 +108,7 @@ class Anchors(nn.Module):
         self.frame_by_frame = freeze(CompactVSR.from_realesrgan())
 
     def forward(self, x_s: Tensor, clips: dict[str, Tensor]) -> Tensor:
-        """x_s (b t 3 4h 4w); clips: its lr (b t 3 h w) and hr, all in [-1, 1]. Returns the weighted sum, ()."""
+        """x_s (b t 3 4h 4w); clips: its lr (b t 3 h w) and hr, all in [-1, 1]. Returns ()."""
         term = x_s.new_zeros(())
         if self.lambda_2d:
             term = term + self.lambda_2d * dists_loss(self.dists, x_s, self.frame_by_frame(clips["lr"]))
@@ -127,12 +127,16 @@ def load_anchors(cfg, dists: nn.Module | None) -> Anchors | None:
 
 
 def warping_loss(x_s: Tensor, hr: Tensor) -> Tensor:
-    """How far each frame of x_s (b t 3 h w) is from the next one moved back along HR's motion: mean L1, ()."""
-    first, second = (rearrange(hr[:, i], "b t c h w -> (b t) c h w") / 2 + 0.5 for i in (slice(-1), slice(1, None)))
+    """Mean L1 between each frame of x_s (b t 3 h w) and the next one, moved back along HR's motion: ()."""
+
+    def neighbours(clip: Tensor) -> list[Tensor]:
+        return [rearrange(part, "b t c h w -> (b t) c h w") for part in (clip[:, :-1], clip[:, 1:])]
+
+    first, second = neighbours(hr / 2 + 0.5)
     forward, backward = dis_flow(first, second), dis_flow(second, first)
     mask = unoccluded(forward, backward) & in_frame(forward)
-    now, after = (rearrange(x_s[:, i], "b t c h w -> (b t) c h w") for i in (slice(-1), slice(1, None)))
-    return (mask * (warp(after.float(), forward.float()) - now)).abs().mean()
+    now, after = neighbours(x_s.float())
+    return (mask * (warp(after, forward.float()) - now)).abs().mean()
 
 
 # ------------------------------------------------------------------------------------------------------

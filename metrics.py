@@ -328,7 +328,7 @@ class DISTS(nn.Module):
 
 
 def map_similarity(xs: Iterable[Tensor], ys: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-    """DISTS' formula on maps (n c h w) of two images: (n,). weights: of texture and structure, (2 c) a map."""
+    """DISTS' formula on maps (n c h w) of two images: (n,). weights (2 c) a map, texture and structure."""
     similarity = 0.0
     for x, y, (alpha, beta) in zip(xs, ys, weights, strict=True):
         x, y = x.float(), y.float()  # statistics of whole maps: too fine for half precision

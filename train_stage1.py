@@ -5,8 +5,7 @@
                             |                                           '-- encoder ---|
                             '--teacher (DOVE, once and cached, or on the way) ---------'
 
-    torchrun --nproc_per_node=8 train_stage1.py --teacher PATH_TO_DOVE \\
-             --adcsr net_params_200.pkl halfDecoder.ckpt                    the paper's recipe
+    torchrun --nproc_per_node=8 train_stage1.py --teacher PATH_TO_DOVE      the paper's recipe
     python train_stage1.py --preset tiny --videos FOLDER --images FOLDER    two CPU cores, after
              python cache.py --preset tiny --videos FOLDER --images FOLDER
     python train_stage1.py --preset smoke                                   the whole path, a minute, no files
@@ -27,7 +26,7 @@ from cache import training_clips
 from compact import CompactVSR, load_anchors
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from metrics import dists_loss, load_dists, validate
-from model import AdcVSR, Student, TemporalAttention, TemporalBlock
+from model import AdcVSR, Student, TemporalAttention, TemporalBlock, adcsr_files
 from runtime import Run, Settings, init_world, parse, presets, require_positive, run
 from teacher import Teacher, load_encoder, load_teacher
 
@@ -152,7 +151,7 @@ def new_student(cfg: Config) -> Student:
     kind = "temporal_kind" if cfg.temporal in ("double", "attention") else "temporal"
     changes = {kind: cfg.temporal, "pixel_skip": cfg.pixel_skip}
     if cfg.adcsr:
-        return AdcVSR.from_adcsr(*cfg.adcsr, **changes)
+        return AdcVSR.from_adcsr(*adcsr_files(cfg.adcsr), **changes)
     return AdcVSR(**model.PRESETS[cfg.student] | changes)
 
 
@@ -166,7 +165,8 @@ def main(cfg: Config) -> None:
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
     anchors = load_anchors(cfg, dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
-    student, encoder, dists, anchors = (net and net.to(world.device) for net in (student, encoder, dists, anchors))
+    nets = (student, encoder, dists, anchors)
+    student, encoder, dists, anchors = (net and net.to(world.device) for net in nets)
     student.for_training(cfg.checkpointing, world.device)
     optimiser = torch.optim.Adam(by_rate(student, cfg.lr_2d))
     # data

@@ -129,8 +129,9 @@ def train_step(
 ) -> dict[str, Tensor]:
     """One update of the student, then one of the discriminators. Paper: Algorithm 1, stage 2; Eq. 1-5.
 
-    batch, teacher, encoder, dists, anchors: as in stage 1, and in the clips what `five_clips` takes; discriminators:
-    name -> D; optimisers: the student's, the discriminators'. Returns the losses and scores by name.
+    batch, teacher, encoder, dists, anchors: as in stage 1, and in the clips what `five_clips` takes;
+    discriminators: name -> D; optimisers: the student's, the discriminators'. Returns the losses and scores
+    by name.
     """
     autocast = partial(torch.autocast, world.device.type, torch.bfloat16)
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
