@@ -379,11 +379,11 @@ class MapDistance(nn.Module):
 
     def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
         """pred, gt (n 3 h w) in [0, 1] -> (n,), 0 for equal frames."""
-        distance = 0.0
+        distances = []
         for x, y in zip(*(self.backbone(2 * frames - 1) for frames in (pred, gt)), strict=True):
             x, y = (F.layer_norm(m.float().movedim(1, -1), m.shape[1:2], eps=1e-2) for m in (x, y))
-            distance = distance + (x - y).abs().mean((1, 2, 3))
-        return self.WEIGHT * distance
+            distances.append((x - y).abs().mean((1, 2, 3)))
+        return self.WEIGHT * torch.stack(distances).mean(0)
 
 
 def load_dists(name: str) -> nn.Module | None:

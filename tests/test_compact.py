@@ -129,7 +129,7 @@ def test_flicker_costs_along_the_motion_alone():
     noise = 0.2 * torch.randn(hr.shape, generator=torch.Generator().manual_seed(0))
     flickers = warping_loss(hr + noise, hr)
     assert moves < 0.1 * min(stays, flickers)
-    # Independent noise of deviation s in two frames differs by 2 s / pi^0.5; between pixels, warping calms it.
+    # Independent noise of deviation s in two frames differs by 2 s / pi^0.5; warping calms it.
     assert 0.5 < flickers / (0.2 * 2 / math.pi**0.5) < 1 and warping_loss(0 * hr + 0.3, hr) < 1e-6
 
 

@@ -204,7 +204,7 @@ def test_the_temporal_blocks_alone_learn_at_the_whole_rate():
     assert temporal["share"] == 1 and pretrained["share"] == 0.1
     assert {id(p) for p in temporal["params"]} == {id(p) for p in student.temporal.parameters()}
     assert {id(p) for p in pretrained["params"]} == {id(p) for p in student.body.parameters()}
-    (all_of_it,) = by_rate(AdcVSR(**model.PRESETS["tiny"], temporal="none"), 1.0)  # no blocks
+    (all_of_it,) = by_rate(AdcVSR(**model.PRESETS["tiny"] | {"temporal": "none"}), 1.0)  # no blocks
     assert all_of_it["share"] == 1
 
 
