@@ -252,8 +252,8 @@ def load_space(seedvr: str, device: torch.device) -> Pixels | Latents:
 
 @torch.no_grad()
 def to_latents(clips: dict[str, Tensor], space: nn.Module, no_text: float = 0.0) -> tuple[Tensor, Condition]:
-    """lr, hr in [-1, 1] -> z_0 and what its velocity depends on. no_text: share of calls without text, where HR
-    is blurred.  # Choice: it stands for SeedVR's negative prompt, and guidance away from it sharpens.
+    """lr, hr in [-1, 1] -> z_0 and what its velocity depends on. no_text: share of calls without text, where
+    HR is blurred.  # Choice: it stands for SeedVR's negative prompt, and guidance away from it sharpens.
     """
     hr, text = clips["hr"], "good"
     if torch.rand(()) < no_text:
@@ -321,10 +321,16 @@ def ranking(name: str, space: nn.Module, device: torch.device) -> Callable[..., 
     return fused
 
 
-@torch.no_grad()
-def compare(restorers: dict[tuple[str, int], Restorer], held_out, device, folder: Path) -> list[str]:
-    """Lines of a table of restorers by stage and steps, means over held-out clips; and a picture of each clip:
-    bicubic | those of the table | HR. The teacher is the last of those of many steps."""
+def compare(out: str, stages: Sequence[str], many: int, space: nn.Module, held_out, device) -> str:
+    """A table of the stages in the folder `out`, means over held-out clips, and in `out/table` a picture of
+    each clip: bicubic | those of the table | HR. Many steps of the last stage that has them are the teacher.
+    """
+    if not newest_checkpoint(f"{out}/base"):
+        raise UserError(f"{out}: no stage is in it yet. Begin with --stage base.")
+    restorers, walks, folder = {}, {"base": (many, 1), "guide": (many, 1)}, Path(out) / "table"
+    for stage in (stage for stage in stages if newest_checkpoint(f"{out}/{stage}")):
+        net = load_denoiser(f"{out}/{stage}").to(device)
+        restorers |= {(stage, steps): Restorer(net, space, steps) for steps in walks.get(stage, (1,))}
     teacher = [key for key in restorers if key[1] > 1][-1]
     shown, rows = {("bicubic", 0): bicubic} | restorers, defaultdict(list)
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,4 +354,4 @@ def compare(restorers: dict[tuple[str, int], Restorer], held_out, device, folder
         to_teacher = f"{-10 * math.log10(error):.2f}" if error else "teacher"
         numbers = f"{energy:.2f} | {far:.3f} | {to_hr:.2f} | {to_teacher} | {seconds:.2f}"
         lines.append(f"| {stage} | {steps or ''} | {numbers} |")
-    return lines
+    return "\n".join(lines)

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -53,18 +52,7 @@ from onestep import (
     ranking,
     to_latents,
 )
-from runtime import (
-    Run,
-    Settings,
-    UserError,
-    World,
-    init_world,
-    newest_checkpoint,
-    parse,
-    presets,
-    require_positive,
-    run,
-)
+from runtime import Run, Settings, UserError, World, init_world, parse, presets, require_positive, run
 from seedvr2 import Block, NaDiT
 from sharding import LEARNING, ShardedRun, ShardedWorld, require_room, shard
 
@@ -72,19 +60,10 @@ from sharding import LEARNING, ShardedRun, ShardedWorld, require_room, shard
 # Settings: the defaults are the papers', where they give any
 # fmt: off
 
-STAGES = {  # stage: the one it starts from, the networks that learn, those that hold still
-    "base":   ("",      ("student",),                ()),
-    "guide":  ("base",  ("student",),                ("teacher",)),
-    "halve":  ("guide", ("student",),                ("teacher",)),  # which is a new one in each round
-    "apt":    ("halve", ("student", "judge"),        ("ema",)),      # the student's average: what is kept
-    "duo":    ("halve", ("student", "fake", "head"), ("real",)),
-    "prefer": ("duo",   ("student",),                ("reference",)),
-}
-
 
 @dataclass(frozen=True)
 class Config(Settings, Data):
-    stage: Literal["base", "guide", "halve", "apt", "duo", "prefer", "table"] = "base"  # table: compare them
+    stage: Literal["base", "guide", "halve", "apt", "duo", "prefer", "table"] = "base"  # table: of all
     out: str = "runs/onestep"               # a folder with a folder for each stage
     init: str = ""                          # what it starts from; the stage before in --out if not given
     prior: str = ""                         # many-step model: the judge's start (apt; base if not given), and
@@ -232,7 +211,6 @@ def dpo_loss(student, reference, winner, loser, cond, t, eps, beta) -> tuple[Ten
         away.append(F.mse_loss(v.detach(), v_ref))
     margin = better[0] - better[1]
     return -F.logsigmoid(-beta / 2 * margin).mean(), (margin < 0).float().mean(), sum(away) / 2
-
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -406,13 +384,17 @@ def prefer_step(batch, nets, optimisers, world, cfg, step) -> dict[str, Tensor]:
     return update(["student"], batch, nets, optimisers, world, terms)
 
 
-TAKE = {
-    "base": base_step, "guide": guide_step, "halve": halve_step,
-    "apt": apt_step, "duo": duo_step, "prefer": prefer_step,
-}  # fmt: skip
-
 # ------------------------------------------------------------------------------------------------------
 # The run
+
+STAGES = {  # stage: the one it starts from, the networks that learn, those that hold still, its step
+    "base": ("", ("student",), (), base_step),
+    "guide": ("base", ("student",), ("teacher",), guide_step),
+    "halve": ("guide", ("student",), ("teacher",), halve_step),  # a new one in each round
+    "apt": ("halve", ("student", "judge"), ("ema",), apt_step),  # the student's average, which is kept
+    "duo": ("halve", ("student", "fake", "head"), ("real",), duo_step),
+    "prefer": ("duo", ("student",), ("reference",), prefer_step),
+}
 
 
 def configure(argv: list[str] | None = None) -> Config:
@@ -424,7 +406,7 @@ def configure(argv: list[str] | None = None) -> Config:
 
 def check(cfg: Config) -> None:
     """`UserError` for settings that do not go together, before anything large is loaded."""
-    require_positive(cfg, "frames size batch micro_batch every many round updates candidates")
+    require_positive(cfg, "frames size batch micro_batch every many round updates")
     multiple = (Latents if cfg.seedvr else Pixels).MULTIPLE
     if cfg.size % multiple:
         raise UserError(f"--size {cfg.size}: give a multiple of {multiple}")
@@ -432,13 +414,13 @@ def check(cfg: Config) -> None:
         raise UserError(f"--frames {cfg.frames}: the VAE takes 4k + 1, as 25")
     if cfg.many & (cfg.many - 1):
         raise UserError(f"--many {cfg.many}: give a power of two, to be halved down to 1")
-    if not 0 <= cfg.low < 0.5:
-        raise UserError(f"--low {cfg.low}: give a share below 0.5")
+    if cfg.candidates < 2 or not 0 <= cfg.low < 0.5:
+        raise UserError(f"--candidates {cfg.candidates} --low {cfg.low}: give 2 or more, and below 0.5")
 
 
 def new_networks(cfg: Config) -> dict[str, nn.Module]:
     """Those of a stage by name, at their start."""
-    before, learn, still = STAGES[cfg.stage]
+    before, learn, still, _ = STAGES[cfg.stage]
     place = cfg.init or (f"{cfg.out}/{before}" if before else cfg.seedvr)
     student = load_denoiser(place) if place else Denoiser(cfg.network)
     if student.config["size"] != cfg.network:
@@ -462,45 +444,32 @@ def new_networks(cfg: Config) -> dict[str, nn.Module]:
 
 def memory(cfg: Config) -> float:
     """GB of what a stage's networks hold for as long as it trains."""
-    _, learn, still = STAGES[cfg.stage]
+    _, learn, still, _ = STAGES.get(cfg.stage, ("", (), ("student",), None))
     with torch.device("meta"):
         weights = sum(weight.numel() for weight in Denoiser(cfg.network).parameters())
     held = sum(4 if name == "ema" or cfg.network == "tiny" else 2 for name in still)
     return weights * (LEARNING * sum(name != "head" for name in learn) + held) / 1e9
 
 
-def table(cfg: Config) -> None:
-    """All stages that are in the folder, on clips that they have not seen."""
-    device = init_world().device
-    folders = {stage: f"{cfg.out}/{stage}" for stage in STAGES if newest_checkpoint(f"{cfg.out}/{stage}")}
-    if not folders:
-        raise UserError(f"{cfg.out}: no stage is in it yet. Begin with --stage base.")
-    nets = {stage: load_denoiser(folder).to(device) for stage, folder in folders.items()}
-    walks, space = {"base": (cfg.many, 1), "guide": (cfg.many, 1)}, load_space(cfg.seedvr, device)
-    keys = [(stage, steps) for stage in nets for steps in walks.get(stage, (1,))]
-    restorers = {(stage, steps): Restorer(nets[stage], space, steps) for stage, steps in keys}
-    print("\n".join(compare(restorers, held_out_clips(cfg, LOOKS), device, Path(cfg.out) / "table")))
-
-
 def main(cfg: Config) -> None:
-    if cfg.stage == "table":
-        return table(cfg)
     # world
     check(cfg)
     world = init_world()
-    room = f"{cfg.stage} of {cfg.network}{', sharded' * cfg.shard}"
-    require_room(memory(cfg), world.size if cfg.shard else 1, room, world.device)
+    world = ShardedWorld(world.rank, world.size, world.device) if cfg.shard else world
+    require_room(memory(cfg), world.size if cfg.shard else 1, f"{cfg.stage} of {cfg.network}", world.device)
     torch.manual_seed(cfg.seed)
     # networks
-    space, nets = load_space(cfg.seedvr, world.device), new_networks(cfg)
-    if cfg.shard:
-        world = ShardedWorld(world.rank, world.size, world.device)
+    space = load_space(cfg.seedvr, world.device)
+    if cfg.stage == "table":
+        return print(compare(cfg.out, STAGES, cfg.many, space, held_out_clips(cfg, LOOKS), world.device))
+    nets = new_networks(cfg)
     for net in nets.values():
         shard(net, Block, world) if cfg.shard else net.to(world.device)
     rates = {name: cfg.lr if name == "student" else cfg.lr_aux for name in STAGES[cfg.stage][1]}
     optimisers = {name: torch.optim.AdamW(nets[name].parameters(), lr) for name, lr in rates.items()}
     # data
-    clips = TrainingClips(cfg, cfg.seed, stage=3 + list(STAGES).index(cfg.stage))  # after AdcVSR's two
+    sources = replace(cfg, procedural=1.0) if cfg.cache else cfg  # a cache needs none
+    clips = TrainingClips(sources, cfg.seed, stage=3 + list(STAGES).index(cfg.stage))  # after AdcVSR's two
     if cfg.cache:
         clips = CachedClips(cfg.cache, clips, "gt", cfg.validation)
     looks = held_out_clips(cfg, LOOKS) if world.is_main or cfg.shard else []
@@ -508,15 +477,14 @@ def main(cfg: Config) -> None:
     kept = "ema" if "ema" in nets else "student"  # what is looked at, and is the stage's result
     others = {f"net_{name}": net for name, net in nets.items() if name not in (kept, "real", "reference")}
     others |= {f"optimiser_{name}": each for name, each in optimisers.items() if name != "student"}
-    home = replace(cfg, out=f"{cfg.out}/{cfg.stage}")
-    if cfg.stage == "prefer":
-        nets["rank"] = ranking(cfg.rank, space, world.device)
-    training = (ShardedRun if cfg.shard else Run)(home, world, nets[kept], optimisers["student"], **others)
+    nets["rank"] = ranking(cfg.rank, space, world.device)
+    training = (ShardedRun if cfg.shard else Run)(
+        replace(cfg, out=f"{cfg.out}/{cfg.stage}"), world, nets[kept], optimisers["student"], **others
+    )
     for step, batch in training.steps(lambda done: loader(clips, done, cfg, world)):
         parts = map(to_inputs, micro_batches(batch, cfg.micro_batch, world.device))
-        blurred = cfg.no_text if cfg.stage == "base" else 0.0
-        latents = [to_latents(part, space, blurred) for part in parts]
-        losses = TAKE[cfg.stage](latents, nets, optimisers, world, cfg, step)
+        latents = [to_latents(part, space, cfg.no_text * (cfg.stage == "base")) for part in parts]
+        losses = STAGES[cfg.stage][-1](latents, nets, optimisers, world, cfg, step)
         training.log(losses)
         training.stop |= float(losses.get("distance", 0)) > cfg.drift  # from the reference
         if looks and training.due:
