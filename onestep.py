@@ -188,7 +188,7 @@ class ScoreHead(nn.Module):
         x = rearrange(x, "b t h w c -> b c t h w")
         for layer in self.layers[:-1]:
             x = F.silu(layer(x))
-        return self.layers[-1](x)[:, 0].float()
+        return self.layers[-1](x).mean(dim=1)  # of the one channel
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -543,3 +543,440 @@ def test_preferences_take_the_best_and_the_worst_of_the_references_candidates():
     for step in range(2, 40):
         last = prefer_step(batch, nets, optimisers, WORLD, cfg, step)
     assert last["right"] > 0.5 and last["distance"] > 0 and last["loss"] < first["loss"]
+
+
+# ----------------------------------------------------------------- networks and spaces
+
+
+def shared_inputs(grid=(2, 3, 6, 6), n: int = 48) -> tuple[Tensor, Tensor, Condition]:
+    z = torch.randn(*grid, n)
+    return z, torch.rand(len(z)), Condition(torch.randn(*grid, n))
+
+
+def test_a_denoiser_is_nadit_on_noise_lr_and_ones_at_a_thousandfold_step():
+    net, (z, t, cond) = Denoiser("tiny"), shared_inputs()
+    x = torch.cat([z, cond.lr, torch.ones(*z.shape[:-1], 1)], -1)
+    for text, rows in ("good", slice(0, 4)), ("none", slice(4, 8)):
+        expected = net.net(x, net.texts[rows], 1000 * t)
+        assert torch.equal(net(z, t, cond._replace(text=text)), expected)
+    v, tokens = net(z, t, cond, taps=True)
+    assert torch.equal(v, net(z, t, cond)) and [x.shape for x in tokens] == [(2, 3, 3, 3, 24)] * 3
+    assert not torch.equal(v, net(z, t, cond._replace(text="none")))
+
+
+def test_the_judge_looks_after_the_papers_blocks_or_their_share_of_fewer():
+    with torch.device("meta"):
+        taps = {name: Denoiser(name).taps for name in ("7b", "3b")}
+    assert taps["7b"] == [16, 26, 36] and taps["3b"] == [14, 23, 32] and Denoiser("tiny").taps == [1, 2, 3]
+
+
+def test_judge_and_head_score_each_clip_alone():
+    judge, head, (x, t, cond) = Judge(Denoiser("tiny")), ScoreHead(2 * 3 * 24), shared_inputs()
+    logits, features = judge(x, t, cond)
+    scores = head(features + features)
+    assert logits.shape == (2,) and len(features) == 3 and scores.shape == (2, 3, 3, 3)
+    first, _ = judge(x[:1], t[:1], Condition(cond.lr[:1]))
+    torch.testing.assert_close(logits[:1], first)
+    torch.testing.assert_close(scores[:1], head([tokens[:1] for tokens in features + features]))
+
+
+def test_every_weight_of_judge_and_head_learns():
+    judge, (x, t, cond) = Judge(Denoiser("tiny")), shared_inputs()
+    judge(x, t, cond)[0].sum().backward()
+    idle = {name for name, p in judge.named_parameters() if p.grad is None or not p.grad.any()}
+    # Its velocity is not asked for, and keys' bias moves no softmax.
+    assert all(".vid_out" in name or name.endswith("vid_out_norm.weight") for name in idle)
+
+
+def test_residual_pixels_come_back_exactly_and_nothing_is_bicubic():
+    space, lr, hr = Pixels(), torch.rand(2, 3, 3, 8, 6) * 2 - 1, torch.rand(2, 3, 3, 32, 24) * 2 - 1
+    z, blur = space.encode(hr, lr), space.condition(lr)
+    assert z.shape == blur.shape == (2, 3, 8, 6, 48)
+    torch.testing.assert_close(space.decode(z, blur), hr)
+    bicubic = F.interpolate(lr.flatten(0, 1), scale_factor=4.0, mode="bicubic").unflatten(0, (2, 3))
+    torch.testing.assert_close(space.decode(torch.zeros_like(z), blur), bicubic)
+
+
+def small_vae() -> VideoVAE:
+    return VideoVAE(widths=(4, 8, 8, 8), groups=2)
+
+
+def test_latents_are_the_video_vaes_and_lr_gets_there_by_antialiased_bicubic():
+    space, lr, hr = Latents(small_vae()), torch.rand(1, 5, 3, 8, 12) * 2 - 1, torch.rand(1, 5, 3, 32, 48) * 2 - 1
+    torch.manual_seed(4)
+    z = space.encode(hr, lr)
+    expected = space.vae.encode(hr, torch.Generator().manual_seed(4))  # a sample of the posterior
+    torch.testing.assert_close(z, expected.permute(0, 1, 3, 4, 2))
+    assert z.shape == (1, 2, 4, 6, 16) and space.decode(z, z).shape == hr.shape
+    torch.manual_seed(4)
+    big = F.interpolate(lr[0], scale_factor=4, mode="bicubic", antialias=True).clamp(-1, 1)[None]
+    expected = space.vae.encode(big, torch.default_generator).permute(0, 1, 3, 4, 2)
+    torch.manual_seed(4)
+    torch.testing.assert_close(space.condition(lr), expected)
+    assert not list(space.parameters())  # frozen
+
+
+def test_without_text_hr_is_blurred_and_lr_is_not():
+    clips = {"lr": torch.rand(1, 2, 3, 8, 8), "hr": torch.rand(1, 2, 3, 32, 32)}
+    (sharp, good), (soft, none) = (to_latents(clips, Pixels(), share) for share in (0.0, 1.0))
+    assert good.text == "good" and none.text == "none" and torch.equal(good.lr, none.lr)
+    hr, blurred = (Pixels().decode(z, good.lr) for z in (sharp, soft))
+    torch.testing.assert_close(hr, clips["hr"])
+    assert gradient_energy(blurred) < 0.1 * gradient_energy(hr)
+    shares = [to_latents(clips, Pixels(), 0.1)[1].text for _ in range(400)]
+    assert 20 < shares.count("none") < 65
+
+
+def test_a_restorer_walks_from_the_noise_of_its_seed():
+    net, lr = Denoiser("tiny"), torch.rand(1, 3, 3, 8, 8) * 2 - 1
+    one, again, other = (Restorer(net, Pixels(), 2, seed)(lr) for seed in (0, 0, 1))
+    assert one.shape == (1, 3, 3, 32, 32) and torch.equal(one, again) and not torch.equal(one, other)
+    blur = Pixels().condition(lr)
+    eps = torch.randn(blur.shape, generator=torch.Generator().manual_seed(0))
+    z = eps - net(eps, torch.ones(1), Condition(blur)) / 2
+    z = z - net(z, torch.full((1,), 0.5), Condition(blur)) / 2
+    torch.testing.assert_close(one, Pixels().decode(z, blur))
+
+
+@pytest.fixture
+def seedvr(tmp_path, monkeypatch) -> Path:
+    """A folder as SeedVR's, of a network and a VAE as small as tests want them."""
+    monkeypatch.setitem(seedvr2.PRESETS, "3b", MICRO | {"latents": 16})
+    folder = tmp_path / "SeedVR-3B"
+    folder.mkdir()
+    torch.save(NaDiT(**seedvr2.PRESETS["3b"]).state_dict(), folder / "seedvr_ema_3b.pth")
+    torch.save(small_vae().state_dict(), folder / "ema_vae.pth")
+    torch.save(torch.randn(5, 8).bfloat16(), folder / "pos_emb.pt")
+    torch.save(torch.randn(7, 8).bfloat16(), tmp_path / "neg_emb.pt")  # beside it
+    return folder
+
+
+def test_the_many_step_weights_of_seedvr_are_a_denoiser_with_both_its_prompts(seedvr, tmp_path):
+    net, state = load_denoiser(seedvr), torch.load(seedvr / "seedvr_ema_3b.pth")
+    assert all(torch.equal(weights, state[name]) for name, weights in net.net.state_dict().items())
+    texts = [torch.load(path).float() for path in (seedvr / "pos_emb.pt", tmp_path / "neg_emb.pt")]
+    assert torch.equal(net.texts, torch.cat(texts)) and net.config == {"size": "3b", "tokens": [5, 7]}
+    net.save_pretrained(tmp_path / "again")
+    assert all(torch.equal(p, q) for p, q in zip(load_denoiser(tmp_path / "again").parameters(), net.parameters()))
+
+
+# ----------------------------------------------------------------- what tells restorers apart
+
+
+def test_gradient_energy_and_patch_distance_know_a_ramp_a_copy_and_a_blur():
+    ramp = torch.arange(16.0).expand(1, 2, 3, 16, 16)
+    assert gradient_energy(ramp).item() == 0.5 and gradient_energy(3 * ramp).item() == 4.5
+    hr = torch.rand(2, 3, 64, 64)
+    soft = F.avg_pool2d(hr, 3, 1, 1)
+    assert abs(patch_distance(hr, hr)) < 1e-4 and patch_distance(soft, hr) > 0.1
+    assert abs(patch_distance(hr.flip(-1), hr)) < 0.01  # the same patches at other places
+
+
+def test_offline_the_best_candidate_is_the_one_with_hrs_gradient_energy():
+    hr, lr = torch.rand(1, 2, 3, 32, 32) * 2 - 1, torch.rand(1, 2, 3, 8, 8) * 2 - 1
+    space, rank = Pixels(), ranking("gradient", Pixels(), torch.device("cpu"))
+    z0, cond = to_latents({"lr": lr, "hr": hr}, space)
+    scores = [rank(space.encode(factor * hr, lr), z0, cond).item() for factor in (0.3, 1.0, 3.0)]
+    assert scores[1] == 0 and scores[0] == pytest.approx(scores[2], rel=1e-3) and scores[0] < 0
+
+
+# ----------------------------------------------------------------- runs
+
+ORDER = list(STAGES)
+
+
+def config(stage: str, out: Path, **changes) -> Config:
+    steps = {"steps": 4, "lr": SCHEDULE[stage][2][1]}
+    return replace(SMOKE, stage=stage, out=str(out), size=24, frames=2, **steps | changes)
+
+
+def logged(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with every stage, of four steps each, at a narrow network."""
+    out = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setitem(seedvr2.PRESETS, "tiny", MICRO)
+        patch.setattr(train_onestep, "LOOKS", 1)
+        for stage in ORDER:
+            main(config(stage, out))
+    return out
+
+
+def assert_same(a, b) -> None:
+    """Equal bit for bit, whatever is nested in whatever."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for pair in zip(a, b):
+            assert_same(*pair)
+    else:
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def assert_same_checkpoint(one: Path, other: Path, but=("out", "init", "prior")) -> None:
+    states = [torch.load(folder / "train.pt", weights_only=True) for folder in (one, other)]
+    for state in states:
+        state["config"] = {k: v for k, v in state["config"].items() if k not in but}
+    assert_same(*states)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ORDER)
+def test_two_and_two_steps_equal_four_in_each_stage(made, tmp_path, stage):
+    before = STAGES[stage][0]
+    names_of = {"prior": str(made / ("base" if stage == "apt" else "guide"))}
+    names_of["init"] = str(made / before) if before else ""
+    main(config(stage, tmp_path, steps=2, **names_of))
+    torch.rand(7)  # the state that random numbers are in does not matter
+    main(config(stage, tmp_path, **names_of))
+    assert_same_checkpoint(made / stage / "step_000004", tmp_path / stage / "step_000004")
+    losses = [[line["loss"] for line in logged(out / stage) if "loss" in line] for out in (made, tmp_path)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_each_stage_starts_from_the_one_before_and_keeps_what_its_successors_need(made):
+    for stage in ORDER[1:]:
+        one, other = (load_denoiser(made / s).state_dict() for s in (STAGES[stage][0], stage))
+        changed = [name for name in one if not torch.equal(one[name], other[name])]
+        assert changed and max((one[name] - other[name]).abs().max() for name in changed) < 0.01, stage
+    kept = torch.load(made / "apt" / "step_000004" / "train.pt", weights_only=True)
+    assert {"net_student", "net_judge", "optimiser", "optimiser_judge"} <= set(kept)
+    assert "net_real" not in torch.load(made / "duo" / "step_000004" / "train.pt", weights_only=True)
+
+
+def test_losses_are_logged_under_the_names_of_the_docs(made):
+    keys = {
+        "base": {"loss"}, "guide": {"loss"}, "halve": {"loss"},
+        "apt": {"loss", "disc", "r1", "r2", "adv", "l1", "match"},
+        "duo": {"loss", "diff", "disc", "dmd", "adv", "match"},
+        "prefer": {"loss", "right", "distance"},
+    }  # fmt: skip
+    text = (ROOT / "docs" / "onestep.md").read_text()
+    for stage, expected in keys.items():
+        lines = logged(made / stage)
+        assert expected <= set(lines[0]) and any("psnr" in line for line in lines)
+        assert all(f"`{name}`" in text for name in expected)
+
+
+def test_the_table_has_a_row_for_each_stage_and_a_picture(made, capsys):
+    main(replace(config("base", made), stage="table"))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines[2:]]
+    many = [("base", "4"), ("base", "1"), ("guide", "4"), ("guide", "1")]
+    assert rows == [("bicubic", ""), *many, *((stage, "1") for stage in ("halve", "apt", "duo", "prefer"))]
+    assert [line.split("|")[6].strip() for line in lines if line.startswith("| guide | 4")] == ["teacher"]
+    width, height = Image.open(made / "table" / "procedural_0.png").size
+    assert width == 10 * 24 and height == 24 + 3 * 2
+
+
+def test_the_full_path_runs_on_seedvrs_files(seedvr, tmp_path):
+    """Latents, prompts, frozen networks in bfloat16 and recomputed activations, on small stand-ins."""
+    cfg = {"network": "3b", "seedvr": str(seedvr), "frames": 5, "size": 32, "checkpointing": True, "steps": 2}
+    for stage in "guide", "halve", "duo":
+        start = {"init": str(seedvr)} if stage == "guide" else {}
+        main(config(stage, tmp_path / "run", every=2, **cfg, **start))
+        assert all("psnr" in line for line in logged(tmp_path / "run" / stage)[-1:])
+    with pytest.raises(UserError, match="--network 7b: .* holds a 3b"):
+        main(config("guide", tmp_path / "other", **cfg | {"network": "7b"}, init=str(seedvr)))
+
+
+def test_recomputed_activations_change_no_gradient():
+    net, (z, t, cond) = Denoiser("tiny"), shared_inputs()
+    grads = []
+    for net.net.checkpointing in False, True:
+        net.zero_grad()
+        net(z, t, cond).square().mean().backward()
+        grads.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_preferences_stop_where_the_student_has_left_the_reference(made, tmp_path, capsys):
+    start = {"init": str(made / "duo")}
+    main(config("prefer", tmp_path, steps=50, every=50, lr=1e-2, drift=1e-3, **start))
+    assert "asked to stop, after step" in capsys.readouterr().out
+    (kept,) = (name for name in names(tmp_path / "prefer") if name.startswith("step"))
+    distances = [line["distance"] for line in logged(tmp_path / "prefer") if "distance" in line]
+    assert 1 < int(kept[5:]) == len(distances) < 50
+    assert distances[-1] > 1e-3 and all(distance <= 1e-3 for distance in distances[:-1])
+
+
+def test_a_cache_needs_no_sources(tmp_path):
+    small = replace(cache.PRESETS["smoke"], frames=2, size=32, clips=2, out=str(tmp_path / "cache"))
+    cache.main(small)
+    main(config("base", tmp_path / "run", cache=small.out, procedural=0.1, videos="nowhere", images="", steps=1))
+    assert newest_checkpoint(tmp_path / "run" / "base")
+
+
+# ----------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("preset, column", [("full", 0), ("tiny", 1), ("smoke", 2)])
+@pytest.mark.parametrize("stage", ORDER)
+def test_each_stage_has_its_steps_and_rate_in_each_preset(preset, column, stage):
+    cfg = configure(["--preset", preset, "--stage", stage])
+    steps, lr = SCHEDULE[stage][column]
+    assert cfg == replace(PRESETS[preset], stage=stage, steps=steps, lr=lr)
+    given = configure(["--preset", preset, "--stage", stage, "--lr", "0.5", "--steps", "7"])
+    assert (given.lr, given.steps) == (0.5, 7)
+
+
+def test_halving_ends_with_the_last_step_in_each_preset():
+    for preset, column in ("full", 0), ("tiny", 1), ("smoke", 2):
+        cfg, (steps, _) = replace(PRESETS[preset], stage="halve"), SCHEDULE["halve"][column]
+        rounds = int(math.log2(cfg.many))
+        assert steps == rounds * cfg.round and walk(cfg, steps) == 1 and walk(cfg, steps - cfg.round) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"size": 20}, "--size 20: give a multiple of 8"),
+        ({"many": 12}, "--many 12: give a power of two"),
+        ({"candidates": 1}, "--candidates 1"),
+        ({"low": 0.5}, "--low 0.5"),
+        ({"micro_batch": 0}, "--micro-batch 0: give 1 or more"),
+        ({"seedvr": "nowhere", "size": 32, "frames": 4}, "--frames 4: the VAE takes 4k + 1"),
+        ({"seedvr": "nowhere", "size": 32, "frames": 5}, "nowhere: no ema_vae"),
+        ({"stage": "guide"}, "base: neither a checkpoint nor SeedVR's weights. Run the stage before"),
+        ({"stage": "table"}, "no stage is in it yet. Begin with --stage base"),
+        ({"cache": "nowhere"}, "nowhere: no cache.json"),
+        ({"rank": "nowhere"}, "DOVER not computed: no nowhere"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line_and_leaves_nothing(tmp_path, changes, line):
+    with pytest.raises(UserError) as error:
+        main(replace(config("base", tmp_path / "run"), **changes))
+    assert line in str(error.value) and "\n" not in str(error.value) and names(tmp_path) == []
+
+
+def test_a_dry_run_says_the_memory_and_leaves_nothing(tmp_path, capsys):
+    main(config("base", tmp_path / "run", dry_run=True))
+    first, *_, last = capsys.readouterr().out.splitlines()
+    gb = 16 * sum(p.numel() for p in Denoiser("tiny").parameters()) / 1e9
+    assert first.startswith(f"base of tiny: {gb:.3g} GB a card of weights, gradients and Adam's moments")
+    assert " s a step, " in last and names(tmp_path) == []
+
+
+def test_memory_is_what_was_counted_and_what_cannot_fit_is_refused(tmp_path, monkeypatch):
+    assert memory(Config(stage="duo")) == pytest.approx(2 * 3.391 * 16 + 3.391 * 2, rel=1e-3)
+    assert memory(Config(stage="apt", network="7b")) == pytest.approx(2 * 8.24 * 16 + 8.24 * 4, rel=1e-3)
+    monkeypatch.setattr(sharding.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 80e9 / 4096))
+    for stage, network, gb, cards in ("duo", "3b", "115", 2), ("apt", "7b", "297", 5):
+        with pytest.raises(UserError) as error:
+            main(Config(stage=stage, network=network, dry_run=True, out=str(tmp_path / "run")))
+        line = str(error.value)
+        assert f"{stage} of {network}: {gb} GB a card" in line and "there are 80." in line
+        assert f"Give --shard and torchrun --nproc_per_node={cards} or more" in line
+    with pytest.raises(UserError, match="weights/SeedVR-3B: no ema_vae"):  # one card is enough for this
+        main(Config(stage="base", dry_run=True, out=str(tmp_path / "run")))
+
+
+# ----------------------------------------------------------------- two processes
+
+
+def fixed_noise() -> None:
+    """Draws that are the same for every clip, in whichever process it is."""
+    train_onestep.torch = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
+
+    def pattern(x: Tensor) -> Tensor:
+        one = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(7)).to(x)
+        return one.expand(x.shape)
+
+    train_onestep.torch.randn_like = pattern
+    train_onestep.torch.rand = lambda n, device=None: torch.full((n,), 0.37)
+    train_onestep.torch.randint = lambda low, high, size, device=None: torch.full(size, high - 1)
+
+
+def learnt(world, stage: str, sharded: bool) -> dict[str, Tensor]:
+    """All weights after two steps of plain gradient descent, of two clips shared by the processes."""
+    fixed_noise()
+    seedvr2.PRESETS["tiny"] = MICRO
+    torch.manual_seed(0)
+    student = Denoiser("tiny")
+    nets = {"student": student, "teacher": deepcopy(student), "ema": deepcopy(student)}
+    nets |= {"judge": Judge(Denoiser("tiny")), "head": ScoreHead(2 * 3 * 24)}
+    nets |= {"fake": deepcopy(nets["judge"].backbone), "real": deepcopy(nets["judge"].backbone)}
+    _, learn, still, step_of = STAGES[stage]
+    for name in still:
+        nets[name].requires_grad_(False)
+    nets = {name: nets[name] for name in (*learn, *still)}
+    z0, lr = torch.randn(2, 2, 6, 6, 48), torch.randn(2, 2, 6, 6, 48)
+    mine = range(world.rank, 2, world.size)
+    batch = [(z0[i : i + 1], Condition(lr[i : i + 1])) for i in mine]
+    if sharded:
+        world = ShardedWorld(world.rank, world.size, world.device)
+        for net in nets.values():
+            net_blocks = [m for m in net.modules() if isinstance(m, seedvr2.Block)]
+            assert shard(net, seedvr2.Block, world) is net
+            assert all(p.to_local().numel() < p.numel() for m in net_blocks for p in m.parameters() if p.ndim > 1)
+    optimisers = {name: torch.optim.SGD(nets[name].parameters(), lr=0.02) for name in learn}
+    for step in 1, 2:
+        step_of(batch, nets, optimisers, world, replace(SMOKE, stage=stage, updates=2), step)
+    return {
+        f"{name}.{key}": (p.full_tensor() if sharded else p).detach()
+        for name, net in nets.items()
+        for key, p in net.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("stage", ["halve", "apt", "duo"])
+def test_two_processes_with_sharded_networks_learn_what_one_learns_without(tmp_path, stage, monkeypatch):
+    monkeypatch.setattr(train_onestep, "torch", torch)  # put back afterwards
+    alone = learnt(WORLD, stage, sharded=False)
+    first, second = two_processes(tmp_path, learnt, stage, True)
+    for key, weight in alone.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], weight, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f"{key}: {m}")
+    moved = sum(not torch.equal(alone[key], learnt_not) for key, learnt_not in start_of(stage).items())
+    assert moved > len(start_of(stage)) / 2
+
+
+def start_of(stage: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {f"student.{key}": p.detach() for key, p in Denoiser("tiny").named_parameters()}
+
+
+def sharded_runs(world, made: Path, folder: Path) -> None:
+    """Four steps, and two and two."""
+    seedvr2.PRESETS["tiny"] = MICRO
+    train_onestep.LOOKS = 1
+    start = {"shard": True, "micro_batch": 1, "init": str(made / "halve"), "prior": str(made / "guide")}
+    main(config("duo", folder / "straight", **start))
+    main(config("duo", folder / "resumed", steps=2, **start))
+    main(config("duo", folder / "resumed", **start))
+
+
+def test_a_sharded_run_resumes_exactly_and_its_checkpoint_is_whole(made, tmp_path):
+    two_processes(tmp_path, sharded_runs, made, tmp_path)
+    straight, resumed = (tmp_path / name / "duo" / "step_000004" for name in ("straight", "resumed"))
+    assert_same_checkpoint(straight, resumed)
+    state = torch.load(straight / "train.pt", weights_only=True)
+    plain = torch.load(made / "duo" / "step_000004" / "train.pt", weights_only=True)
+    for key in "net_fake", "net_head", "optimiser", "optimiser_fake":
+        one, other = (torch.utils._pytree.tree_flatten(s[key]) for s in (state, plain))
+        assert one[1] == other[1] and all(getattr(a, "shape", a) == getattr(b, "shape", b) for a, b in zip(one[0], other[0]))
+    # One process goes on from it, without shards.
+    load_denoiser(tmp_path / "straight" / "duo")
+
+
+# ----------------------------------------------------------------- the command itself
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_passes_all_stages_in_a_minute_without_a_network_or_a_file(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for stage in (*ORDER, "table"):
+        command = [sys.executable, "-c", OFFLINE, str(ROOT / "train_onestep.py"), "--preset", "smoke"]
+        done = subprocess.run([*command, "--stage", stage], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert names(tmp_path) == ["runs"]
+    assert names(tmp_path / SMOKE.out) == sorted([*ORDER, "table"])
+    assert done.stdout.count("\n| ") >= 9
