@@ -36,7 +36,7 @@ def shard(net: nn.Module, kind: type[nn.Module], world: World) -> nn.Module:
     on_gpu = world.device.type == "cuda"
     # Inputs stay as they are: in bfloat16 a time step would lose the digits that tell it from its neighbours.
     dtypes = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if on_gpu else {}
-    # What is left of a net is in parts again after its forward, too: between steps others look at its weights.
+    # What is left of a net is in parts again after its forward, too: others look at its weights then.
     how = {"mesh": init_device_mesh(world.device.type, (world.size,)), "reshard_after_forward": True}
     how["mp_policy"] = MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False)
     for module in [module for module in net.modules() if isinstance(module, kind)]:

@@ -1,5 +1,5 @@
-"""train_onestep.py and onestep.py: each loss by a case whose answer is known, who learns when, the order of the
-stages on a two-dimensional world, and runs of every stage that end alike whatever happens to them."""
+"""train_onestep.py, onestep.py, sharding.py: losses by cases with a known answer, who learns when, the stages'
+order in a two-dimensional world, and runs of every stage that end alike whatever happens to them."""
 
 import json
 import math
@@ -20,7 +20,6 @@ from test_train_stage1 import OFFLINE
 from torch import Tensor, nn
 
 import cache
-import onestep
 import seedvr2
 import sharding
 import train_onestep
@@ -414,7 +413,7 @@ def score_models(base: nn.Module, student: nn.Module) -> dict[str, nn.Module]:
 
 @pytest.mark.slow
 def test_on_a_world_of_two_dimensions_the_stages_come_in_their_order():
-    """In one step the many-step model answers with the mean; stage I splits it, stage II comes closer still."""
+    """In one step the many-step model answers with the mean; stage I splits it, stage II is closer still."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cfg, base = replace(SMOKE, many=64, round=200), Field()
