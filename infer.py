@@ -33,7 +33,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
 from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
-from runtime import UserError, ahead, explained, run
+from runtime import UserError, ahead, explained, printable, run
+from stills import moves
 from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
     CRF,
@@ -46,10 +47,13 @@ from video import (
     ResumableWriter,
     VideoReader,
     centre,
+    is_hidden,
+    suffix_of,
     to_clip,
     to_frames,
     to_network,
     to_uint8,
+    with_ending,
 )
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
@@ -268,22 +272,25 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
     """clip.mp4, "_x4" -> clip_x4.mp4 beside it, with another suffix if one is given."""
-    return path.with_name(path.stem + ending + (path.suffix if suffix is None else suffix))
+    kind = path.suffix if suffix_of(path) else ""
+    bare = path.with_name(path.name.removesuffix(kind))
+    return with_ending(bare, ending + (kind if suffix is None else suffix))
 
 
 def default_output(clip: Path) -> Path:
     """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
     if clip.is_dir():
-        return clip.resolve().with_name(f"{clip.resolve().name}_x4")
+        return with_ending(clip.resolve(), "_x4")
     suffix = clip.suffix.lower()
-    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".png")
+    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".mp4" if moves(clip) else ".png")
     return suffixed(clip, "_x4", others.get(suffix, suffix if suffix in VIDEO_FORMATS else ".mp4"))
 
 
 def fingerprint(path: Path) -> list:
     """What tells whether a file is still the same: the files in it, their sizes and times of change."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
+    files = [f for f in files if f.is_file() and not is_hidden(f.name)]
+    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 def input_size(reader: VideoReader, args: Args) -> tuple[int, int]:
@@ -331,7 +338,8 @@ def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args:
     pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
     disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
     print(
-        f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
+        f"{printable(reader.path)} {w}x{h}{rate} {frames or '?'} frames -> "
+        f"{printable(output)} {SCALE * w}x{SCALE * h}\n"
         f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, "
         f"{writer.done // SEGMENT} done; chunks of {args.chunk} on {weight.device} in "
         f"{str(weight.dtype)[6:]}; first result after {lag + 1} frames\n"
@@ -346,7 +354,7 @@ def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args:
 
 def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args: Args) -> None:
@@ -398,8 +406,8 @@ def keep_memory() -> None:
 def clips_in(path: Path) -> list[Path]:
     """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
     found = sorted(path.iterdir()) if path.is_dir() else []
-    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and p.name[0] != "."]
-    results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
+    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(p.name)]
+    results = {suffixed(p, "_x4" + more, "").name for p in clips for more in ("", "_compare")}
     return [p for p in clips if p.stem not in results] or [path]
 
 
@@ -430,7 +438,7 @@ def main() -> None:
             if len(clips) == 1 or isinstance(error, WeightsError):
                 raise
             failed += 1  # the other clips are not to blame
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(clips)} clips could not be upscaled.")
 
