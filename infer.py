@@ -32,7 +32,7 @@ from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
-from model import SCALE, AdcVSR, Student, WeightsError, bicubic
+from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
 from runtime import UserError, ahead, explained, printable, run
 from stills import moves
 from stream import CONTEXT, in_windows, queue_bytes, stream
@@ -59,7 +59,7 @@ from video import (
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
-    "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
+    "frame --adcsr (AdcSR's official weights, fetched once)."
 )
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
@@ -69,7 +69,9 @@ BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, fo
 # --- Command line ------------------------------------------------------------------------------------
 
 
-def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1) -> PrimitiveConstructorSpec:
+def written_as(
+    metavar: str, make: Callable[[list[str]], object], words: int | str = 1
+) -> PrimitiveConstructorSpec:
     """What tyro has no type for, or shows with more types than a user has to know."""
     return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
 
@@ -77,7 +79,7 @@ def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1
 # Frame times are fractions: as floats, most of them would fall before or behind their frame.
 SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
 FILE = written_as("PATH", lambda words: Path(words[0]))
-TWO_FILES = written_as("NET_PARAMS HALF_DECODER", tuple, 2)
+ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Args:
     # default: <name>_x4 beside the input; a folder for several inputs
     output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
-    # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
-    adcsr: Annotated[tuple[str, str] | None, TWO_FILES] = None
+    # AdcSR frame by frame: from the hub, or its two official files
+    adcsr: Annotated[tuple[str, ...] | None, ADCSRS] = None
     chunk: int = CHUNK  # frames a step
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
     color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
@@ -237,8 +239,8 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
 
 def load_network(args: Args) -> Student:
     """The network that the flags ask for, on its device, in its dtype."""
-    if args.adcsr:  # without temporal blocks: they would start as the identity
-        net = AdcVSR.from_adcsr(*args.adcsr, temporal="none")
+    if args.adcsr is not None:  # without temporal blocks: they would start as the identity
+        net = AdcVSR.from_adcsr(*adcsr_files(args.adcsr), temporal="none")
     else:
         net = load_student(args.weights)
         if args.weights == str(SHIPPED):
@@ -313,7 +315,8 @@ def writers_for(output: Path, reader: VideoReader, args: Args) -> list[Resumable
     if output.suffix.lower() == ".png" and (expected_frames(reader, args) or 1) > 1:
         raise UserError(f"{output}: a .png holds one frame. Give a video, or a folder for PNGs.")
     made_by = {"input": fingerprint(reader.path)}
-    made_by |= {"weights": [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]}
+    weights = [args.weights] if args.adcsr is None else adcsr_files(args.adcsr)
+    made_by |= {"weights": [fingerprint(Path(p)) for p in weights]}
     made_by |= {k: str(getattr(args, k)) for k in CHANGES_RESULT}
     w, h = input_size(reader, args)
     sizes = {output: (SCALE * w, SCALE * h)}
@@ -367,7 +370,7 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args:
         # so that every number is computed as it would have been.
         reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
         first = max(0, (done - reach) // grid * grid)
-        color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
+        color = ("none" if args.adcsr is None else "adain") if args.color == "auto" else args.color
 
         frames = islice(wanted_frames(reader, args), first, None)
         chunks = ahead(in_chunks(frames, grid, pinned=next(net.parameters()).is_cuda))  # one thread decodes
