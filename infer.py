@@ -407,7 +407,8 @@ def clips_in(path: Path) -> list[Path]:
     """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
     found = sorted(path.iterdir()) if path.is_dir() else []
     clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(p.name)]
-    results = {suffixed(p, "_x4" + more, "").name for p in clips for more in ("", "_compare")}
+    outputs = [default_output(p) for p in clips]
+    results = {p.stem for output in outputs for p in (output, suffixed(output, "_compare"))}
     return [p for p in clips if p.stem not in results] or [path]
 
 

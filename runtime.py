@@ -95,7 +95,7 @@ def speak_anywhere() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
         elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook has put there
             flushed = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
             said = Said(stream.detach(), stream.encoding, "backslashreplace", **flushed)

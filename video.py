@@ -455,11 +455,10 @@ class VideoReader:
     @cached_property
     def _sound_times(self) -> list[Fraction]:
         """When the packets of the first sound begin, on the file's clock."""
-        times = []
+        times: list[Fraction] = []
         with _open_container(self.path, self.name) as container, suppress(av.error.FFmpegError):
-            for packet in container.demux(container.streams.audio[:1] or ()):
-                if packet.pts is not None:
-                    times.append(packet.pts * packet.time_base)
+            for sound in container.streams.audio[:1]:
+                times += (p.pts * p.time_base for p in container.demux(sound) if p.pts is not None)
         return times
 
     @property
