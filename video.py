@@ -150,7 +150,8 @@ class Frame:
 def _open_container(path: Path, name: str, **options: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"} | options, **FOREIGN_TEXT)
+        options = {"protocol_whitelist": "file"} | options
+        return av.open(f"file:{path}", container_options=options, **FOREIGN_TEXT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -875,7 +876,7 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
             whole = stack.enter_context(_open_container(source.path, source.name, ignore_editlist="1"))
             picture = next(s for s in original.streams.video if not s.disposition & Disposition.attached_pic)
             joined.metadata.update({k: v for k, v in _tags(picture).items() if k in TRACK_TAGS})
-            joined.disposition = picture.disposition
+            joined.disposition = picture.disposition.value
             streams = _sound_streams(original, whole, container, misfits)
             covers = _surroundings(original, whole, container, misfits)
             container.set_chapters(_chapters(original, source.shifts[0] - origin * tick, end))
@@ -945,7 +946,7 @@ def _sound_streams(
             misfits.append(f"{stream.type} {codec}")
             continue
         new.metadata.update(_tags(stream))
-        new.disposition, streams[stream.index] = stream.disposition, new
+        new.disposition, streams[stream.index] = stream.disposition.value, new
     return streams
 
 
@@ -969,7 +970,7 @@ def _surroundings(
             files.append((cover.metadata.get("filename", f"cover.{kind}"), f"image/{kind}", bytes(packet)))
             continue
         packet.stream = container.add_stream_from_template(cover)
-        packet.stream.disposition, packet.pts, packet.dts = Disposition.attached_pic, 0, 0
+        packet.stream.disposition, packet.pts, packet.dts = Disposition.attached_pic.value, 0, 0
         packets.append(packet)
     for name, kind, content in files:
         if suffix == ".mkv":

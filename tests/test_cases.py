@@ -458,7 +458,7 @@ def film(path: Path) -> Path:
         for language, flags in (("eng", Disposition.default), ("deu", Disposition.comment)):
             sounds.append(container.add_stream("aac", rate=48000, layout="mono"))
             sounds[-1].metadata.update(language=language, title=f"Sound {language}")
-            sounds[-1].disposition = flags
+            sounds[-1].disposition = flags.value
         names = ("One", "Two")
         chapters = [
             {
@@ -482,7 +482,7 @@ def film(path: Path) -> Path:
             with av.open(str(srt)) as source:
                 subtitles = container.add_stream_from_template(source.streams.subtitles[0])
                 subtitles.metadata["language"] = "fra"
-                subtitles.disposition = Disposition.forced | Disposition.hearing_impaired
+                subtitles.disposition = (Disposition.forced | Disposition.hearing_impaired).value
                 lines = [packet for packet in source.demux() if packet.dts is not None]
         images = [av.VideoFrame.from_ndarray(rgb) for rgb in moving_clip(50)]
         for k, image in enumerate(images):
