@@ -10,17 +10,14 @@ what users of such a tool need.
 """
 
 import ctypes
-import json
 import math
 import os
 import shutil
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from fractions import Fraction
 from functools import cache
 from itertools import chain, groupby, islice, pairwise, repeat
@@ -33,26 +30,25 @@ import torch.nn.functional as F
 import tyro
 from einops import rearrange
 from torch import Tensor
-from torch.distributed import Store
 from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
-from model import SCALE, AdcVSR, Student, WeightsError, bicubic
-from runtime import UserError, ahead, explained, run, shared_store
+from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments, suffixed
+from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
+from runtime import UserError, ahead, explained, printable, run
 from shots import AROUND, in_shots
 from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
     CRF,
-    IMAGE_SUFFIXES,
     SEGMENT,
     VIDEO_FORMATS,
-    VIDEO_SUFFIXES,
     X264_PRESET,
     Frame,
     ResumableWriter,
     VideoReader,
     centre,
+    is_hidden,
     to_clip,
     to_frames,
     to_network,
@@ -62,7 +58,7 @@ from video import (
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
-    "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
+    "frame --adcsr (AdcSR's official weights, fetched once)."
 )
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
@@ -72,7 +68,9 @@ BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, fo
 # --- Command line ------------------------------------------------------------------------------------
 
 
-def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1) -> PrimitiveConstructorSpec:
+def written_as(
+    metavar: str, make: Callable[[list[str]], object], words: int | str = 1
+) -> PrimitiveConstructorSpec:
     """What tyro has no type for, or shows with more types than a user has to know."""
     return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
 
@@ -80,7 +78,7 @@ def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1
 # Frame times are fractions: as floats, most of them would fall before or behind their frame.
 SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
 FILE = written_as("PATH", lambda words: Path(words[0]))
-TWO_FILES = written_as("NET_PARAMS HALF_DECODER", tuple, 2)
+ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,8 @@ class Args:
     # default: <name>_x4 beside the input; a folder for several inputs
     output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
-    # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
-    adcsr: Annotated[tuple[str, str] | None, TWO_FILES] = None
+    # AdcSR frame by frame: from the hub, or its two official files
+    adcsr: Annotated[tuple[str, ...] | None, ADCSRS] = None
     chunk: int = CHUNK  # frames a step
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
     shots: Literal["auto", "none"] = "auto"  # auto: no shot sees another; none: the clip is one
@@ -282,8 +280,8 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
 
 def load_network(args: Args) -> Student:
     """The network that the flags ask for, on its device, in its dtype."""
-    if args.adcsr:  # without temporal blocks: they would start as the identity
-        net = AdcVSR.from_adcsr(*args.adcsr, temporal="none")
+    if args.adcsr is not None:  # without temporal blocks: they would start as the identity
+        net = AdcVSR.from_adcsr(*adcsr_files(args.adcsr), temporal="none")
     else:
         net = load_student(args.weights)
         if args.weights == str(SHIPPED) and os.environ.get("RANK", "0") == "0":
@@ -315,24 +313,11 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
 # --- One clip ----------------------------------------------------------------------------------------
 
 
-def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
-    """clip.mp4, "_x4" -> clip_x4.mp4 beside it, with another suffix if one is given."""
-    return path.with_name(path.stem + ending + (path.suffix if suffix is None else suffix))
-
-
-def default_output(clip: Path) -> Path:
-    """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
-    if clip.is_dir():
-        return clip.resolve().with_name(f"{clip.resolve().name}_x4")
-    suffix = clip.suffix.lower()
-    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".png")
-    return suffixed(clip, "_x4", others.get(suffix, suffix if suffix in VIDEO_FORMATS else ".mp4"))
-
-
 def fingerprint(path: Path) -> list:
     """What tells whether a file is still the same: the files in it, their sizes and times of change."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
+    files = [f for f in files if f.is_file() and not is_hidden(f.name)]
+    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 def input_size(reader: VideoReader, args: Args) -> tuple[int, int]:
@@ -357,7 +342,8 @@ def writers_for(output: Path, reader: VideoReader, args: Args, shared: bool = Fa
     if output.suffix.lower() == ".png" and (expected_frames(reader, args) or 1) > 1:
         raise UserError(f"{output}: a .png holds one frame. Give a video, or a folder for PNGs.")
     made_by = {"input": fingerprint(reader.path)}
-    made_by |= {"weights": [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]}
+    weights = [args.weights] if args.adcsr is None else adcsr_files(args.adcsr)
+    made_by |= {"weights": [fingerprint(Path(p)) for p in weights]}
     made_by |= {k: str(getattr(args, k)) for k in CHANGES_RESULT.split()}
     w, h = input_size(reader, args)
     sizes = {output: (SCALE * w, SCALE * h)}
@@ -377,7 +363,8 @@ def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args:
     pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
     disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
     print(
-        f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
+        f"{printable(reader.path)} {w}x{h}{rate} {frames or '?'} frames -> "
+        f"{printable(output)} {SCALE * w}x{SCALE * h}\n"
         f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, "
         f"{done} done; chunks of {args.chunk} on {weight.device} in "
         f"{str(weight.dtype)[6:]}; first result after {lag + 1} frames\n"
@@ -392,27 +379,16 @@ def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args:
 
 def print_notes(notes: Iterable[str]) -> None:
     for note in dict.fromkeys(notes):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
-class Job(NamedTuple):
-    """Frames `begin` to `end` (None: the last) of a clip, which one process upscales."""
-
-    clip: str
-    output: str
-    begin: int
-    end: int | None
-    number: int  # of the clip
-    jobs: int  # that the clip is cut into
-
-
-def upscale(job: Job, net: Student, args: Args, store: Store, quiet: bool = False) -> None:
-    """A clip, or a part of it: read -> network -> colour -> write."""
-    with VideoReader(job.clip, args.start) as reader, ExitStack() as stack:
-        writers = writers_for(Path(job.output), reader, args, shared=job.jobs > 1)
+def upscale(job: Job, clip: Path, output: Path, net: Student, args: Args, crew: Crew) -> None:
+    """A clip, or one of its parts: read -> network -> colour -> write."""
+    with VideoReader(clip, args.start) as reader, ExitStack() as stack:
+        writers = writers_for(output, reader, args, shared=job.parts > 1)
         known, total = list(reader.notes), job.end or expected_frames(reader, args)
         reach, grid = (args.window - 1, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
-        color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
+        color = ("none" if args.adcsr is None else "adain") if args.color == "auto" else args.color
 
         first, frames = frames_for(job.begin, reader, args, reach, grid)
         pinned = next(net.parameters()).is_cuda
@@ -420,29 +396,28 @@ def upscale(job: Job, net: Student, args: Args, store: Store, quiet: bool = Fals
         stack.enter_context(closing(chunks))
         results = ahead(super_resolve(net, chunks, args.window, color), depth=4)  # one computes
         stack.enter_context(closing(results))
-        bar = tqdm(total=total, initial=job.begin, unit="frame", disable=quiet or None)
-        stack.enter_context(bar)
+        wanted = islice(chain.from_iterable(results), job.begin - first, job.end and job.end - first)
+        hidden = crew.rank > 0 or None  # None: where there is no terminal
+        bar = stack.enter_context(tqdm(total=total, initial=job.begin, unit="frame", disable=hidden))
         with ExitStack() as open_writers:  # this one encodes
             for writer in writers:
                 writer.done = job.begin
                 open_writers.enter_context(writer)
-            wanted = slice(job.begin - first, job.end and job.end - first)
-            for frame, sr in islice(chain.from_iterable(results), wanted.start, wanted.stop):
+            for frame, sr in wanted:
                 writers[0].write(sr, frame.time)
                 for writer in writers[1:]:
                     writer.write(side_by_side(frame, sr), frame.time)
                 bar.update()
             if not writers[0].done:
-                raise UserError(f"{job.clip}: no frame from --start {float(args.start):g} on. Give less.")
+                raise UserError(f"{clip}: no frame from --start {float(args.start):g} on. Give less.")
         bar.close()
-        if job.jobs > 1 and store.add(f"finished {job.number}", 1) == job.jobs:  # the last one joins
-            for writer in writers:
-                writer.join()
+        for writer in writers if crew.joins(job) else ():
+            writer.join()
         notes = chain(reader.notes, *(writer.notes for writer in writers))
         print_notes(note for note in notes if note not in known)
 
 
-# --- All clips, on all GPUs --------------------------------------------------------------------------
+# --- All clips ---------------------------------------------------------------------------------------
 
 
 def keep_memory() -> None:
@@ -452,97 +427,68 @@ def keep_memory() -> None:
             libc.mallopt(parameter, value)
 
 
-def clips_in(path: Path) -> list[Path]:
-    """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
-    found = sorted(path.iterdir()) if path.is_dir() else []
-    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and p.name[0] != "."]
-    results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
-    return [p for p in clips if p.stem not in results] or [path]
-
-
-def in_runs(segments: Iterable[int], longest: int) -> list[tuple[int, int | None]]:
-    """Segments in order -> runs of consecutive ones, (begin, end) in frames; the last is open."""
-    runs: list[list[int]] = []
-    for n in segments:
-        if runs and n == runs[-1][1] < runs[-1][0] + longest:
-            runs[-1][1] += 1
-        else:
-            runs.append([n, n + 1])
-    ends = [end * SEGMENT for _, end in runs[:-1]]
-    return [(begin * SEGMENT, end) for (begin, _), end in zip(runs, [*ends, None])]
-
-
-def plan(clips: list[Path], network: Callable[[], Student], args: Args, size: int, attempt) -> list[Job]:
-    """Prints what is to be done and cuts it for `size` processes: whole clips where there are many."""
-    folder = args.output if clips != list(args.input) or len(clips) > 1 else None
-    if folder:
-        with explained(f"{folder}: not a folder", "Several inputs need one.", causes=OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-    todo: dict[Path, tuple] = {}  # by output
-    for number, clip in enumerate(clips):
-        output = folder / default_output(clip).name if folder else args.output or default_output(clip)
-        with attempt(number), VideoReader(clip, args.start) as reader:
-            if output in todo:
-                raise UserError(f"{clip}: {output} is another input's result. Give each its own -o.")
-            writers = writers_for(output, reader, args)
-            finished = set.intersection(*(writer.finished() for writer in writers))
-            print_plan(network(), reader, output, len(finished), args)
-            print_notes(reader.notes)
-            expected = math.ceil((expected_frames(reader, args) or 1) / SEGMENT)
-            count = max([expected, *(n + 1 for n in finished)])
-            missing = {*range(count), *(n + 1 for n in finished)} - finished
-            todo[output] = number, clip, writers, sorted(missing)
-    # As few parts as keep all processes busy: each has to warm up.
-    longest = math.ceil(sum(len(missing) for *_, missing in todo.values()) / size)
-    jobs = []
-    for output, (number, clip, writers, missing) in todo.items() if not args.dry_run else ():
-        with attempt(number):
-            runs = in_runs(missing, longest)
-            for writer in writers if len(runs) > 1 else ():
-                writer.prepare()
-            jobs += [Job(str(clip), str(output), *run, number, len(runs)) for run in runs]
-    return jobs
+def outputs_for(clips: list[Path], args: Args) -> list[Path]:
+    """What each clip becomes: -o itself, or, of several clips, a file or folder in it."""
+    if args.output is None:
+        return [default_output(clip) for clip in clips]
+    if clips == list(args.input) and len(clips) == 1:
+        return [args.output]
+    with explained(f"{args.output}: not a folder", "Several inputs need one.", causes=OSError):
+        args.output.mkdir(parents=True, exist_ok=True)
+    return [args.output / default_output(clip).name for clip in clips]
 
 
 def main() -> None:
     keep_memory()
-    args = parse()
+    args, crew = parse(), Crew()
     clips = [clip for path in args.input for clip in clips_in(path)]
+    outputs = outputs_for(clips, args)
     network = cache(lambda: load_network(args))  # once the first clip is open
-    store, rank, size = shared_store()
-    store.set_timeout(timedelta(days=1))
 
     @contextmanager
-    def attempt(number: int) -> Iterator[None]:
-        """Where there are several clips, the others are not to blame for one that fails."""
+    def attempt(n: int) -> Iterator[None]:
+        """Where clip n cannot be upscaled, others are not to blame."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
-            raise UserError(f"{clips[number]}: out of GPU memory with a single frame. {way_out}") from error
-        except UserError as error:
+        except (UserError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
+                error = UserError(f"{clips[n]}: out of GPU memory with a single frame. {way_out}")
             if len(clips) == 1 or isinstance(error, WeightsError):
-                raise
-            if store.add(f"failed {number}", 1) == 1:
-                store.add("failed", 1)
-            print(f"error: {error}", file=sys.stderr)
+                raise error
+            crew.fail(n)
+            print(f"error: {printable(error)}", file=sys.stderr)
 
-    try:
-        if rank == 0:
-            store.set("jobs", json.dumps(plan(clips, network, args, size, attempt)))
-        jobs = [Job(*job) for job in json.loads(store.get("jobs"))]
-        while (taken := store.add("taken", 1)) <= len(jobs):
-            job = jobs[taken - 1]
-            with attempt(job.number):
-                upscale(job, network(), args, store, quiet=rank > 0)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the finished segments", file=sys.stderr)
-        raise
-    store.add("ready", 1)
-    while rank == 0 and store.add("ready", 0) < size:  # torchrun would end the others
-        time.sleep(0.1)
-    if rank == 0 and (failed := store.add("failed", 0)):
-        raise UserError(f"{failed} of {len(clips)} clips could not be upscaled.")
+    def plan(processes: int) -> list[Job]:
+        """Prints what is to be done. Segments of clips that several jobs write are reserved until the end."""
+        writers, missing, held = {}, {}, set()
+        for n, (clip, output) in enumerate(zip(clips, outputs)):
+            with attempt(n), VideoReader(clip, args.start) as reader:
+                if output in outputs[:n]:
+                    raise UserError(f"{clip}: {output} is another input's result. Give each its own -o.")
+                writers[n] = writers_for(output, reader, args)
+                finished = set.intersection(*(writer.finished() for writer in writers[n]))
+                print_plan(network(), reader, output, len(finished), args)
+                print_notes(reader.notes)
+                missing[n] = missing_segments(finished, expected_frames(reader, args) or 0)
+        jobs = [] if args.dry_run else jobs_for(missing, processes)
+        for n in {job.clip for job in jobs if job.parts > 1}:
+            with attempt(n):
+                for writer in writers[n]:
+                    reserved.enter_context(writer.reserved())
+                held.add(n)
+        return [job for job in jobs if job.parts == 1 or job.clip in held]
+
+    with ExitStack() as reserved:
+        try:
+            for job in crew.jobs(plan):
+                with attempt(job.clip):
+                    upscale(job, clips[job.clip], outputs[job.clip], network(), args, crew)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on after the finished segments", file=sys.stderr)
+            raise
+    if crew.rank == 0 and crew.failed():
+        raise UserError(f"{crew.failed()} of {len(clips)} clips could not be upscaled.")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Small(NamedTuple):
 
 def small(rgb: np.ndarray) -> Small:
     """Of a frame (h w 3) uint8."""
-    some = cv2.resize(rgb, (4 * SIDE, 4 * SIDE), interpolation=cv2.INTER_NEAREST)  # a mean of all takes longer
+    some = cv2.resize(rgb, (4 * SIDE, 4 * SIDE), interpolation=cv2.INTER_NEAREST)  # all would take long
     rgb = cv2.resize(some, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     ycc = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)
     colours = cv2.calcHist([ycc], [0, 1, 2], None, [BINS] * 3, [0, 256] * 3).ravel() / SIDE**2

@@ -20,6 +20,7 @@ from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, 
 
 import infer
 from data import generator, procedural_clip
+from jobs import jobs_for, missing_segments
 from model import PRESETS, AdcVSR
 from stream import queue_bytes
 from video import SEGMENT, VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
@@ -378,10 +379,26 @@ def torchrun(*args) -> list[str]:
     return [*launch, *command(*args)[1:]]
 
 
-def test_segments_are_shared_in_runs_as_long_as_keeps_all_processes_busy():
-    assert infer.in_runs(range(5), 5) == [(0, None)]
-    assert infer.in_runs(range(5), 2) == [(0, 2 * SEGMENT), (2 * SEGMENT, 4 * SEGMENT), (4 * SEGMENT, None)]
-    assert infer.in_runs([0, 3, 4, 6], 9) == [(0, SEGMENT), (3 * SEGMENT, 5 * SEGMENT), (6 * SEGMENT, None)]
+def test_clips_are_cut_into_as_few_parts_as_keep_all_processes_busy():
+    def cut(missing: dict, processes: int) -> list[tuple]:
+        return [
+            (clip, begin / SEGMENT, end and end / SEGMENT)
+            for clip, begin, end, _ in jobs_for(missing, processes)
+        ]
+
+    assert cut({0: [0, 1], 1: [0, 1, 2, 3, 4]}, 1) == [(0, 0, None), (1, 0, None)]
+    assert cut({0: [0], 1: list(range(7))}, 4) == [
+        (1, 0, 2),
+        (1, 2, 4),
+        (1, 4, 6),
+        (1, 6, None),
+        (0, 0, None),
+    ]
+    assert cut({n: [0] for n in range(9)}, 4) == [(n, 0, None) for n in range(9)]
+    assert cut({0: [1, 2, 6, 9]}, 1) == [(0, 1, 3), (0, 6, 7), (0, 9, None)]  # some are there
+    assert missing_segments(set(), 2 * SEGMENT + 1) == [0, 1, 2] and missing_segments(set(), 0) == [0]
+    assert missing_segments({0, 2}, 3 * SEGMENT) == [1, 3]  # the clip may be longer than its header says
+    assert missing_segments({0, 5}, SEGMENT) == [1, 2, 3, 4, 6]
 
 
 @pytest.mark.slow

@@ -130,9 +130,6 @@ def test_no_sample_video_has_a_cut_and_every_two_of_different_scenes_have_one():
     assert {name: starts(clip) for name, clip in clips.items()} == dict.fromkeys(clips, [])
     scenes = {name.split("_")[0].rstrip("2"): clip for name, clip in clips.items()}  # one of each
     wrong = [
-        (a, b)
-        for a in scenes
-        for b in scenes
-        if a != b and starts(scenes[a][-10:] + scenes[b][:10]) != [10]
+        (a, b) for a in scenes for b in scenes if a != b and starts(scenes[a][-10:] + scenes[b][:10]) != [10]
     ]
     assert wrong == []
