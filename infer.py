@@ -38,7 +38,7 @@ from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments
 from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
 from runtime import UserError, ahead, explained, printable, run
 from shots import AROUND, in_shots
-from stream import CONTEXT, in_windows, queue_bytes, stream
+from stream import CONTEXT, in_windows, peak_gb, stream
 from video import (
     CRF,
     SEGMENT,
@@ -359,7 +359,7 @@ def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args:
     (w, h), frames = input_size(reader, args), expected_frames(reader, args) or 0
     weight = next(net.parameters())
     rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
-    queues, lag = (0, args.window - 1) if args.window else (queue_bytes(net, h, w) / 2**30, net.lag)
+    lag = args.window - 1 if args.window else net.lag
     pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
     disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
     print(
@@ -368,9 +368,10 @@ def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args:
         f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, "
         f"{done} done; chunks of {args.chunk} on {weight.device} in "
         f"{str(weight.dtype)[6:]}; first result after {lag + 1} frames\n"
-        f"memory: {queues:.2f} GB in queues between chunks, about twice that during a step; "
         f"disk: {disk:.2f} GB, twice that while segments are joined"
     )
+    if args.dry_run:  # which takes seconds to count
+        print(f"memory: {peak_gb(net, h, w, args.window or args.chunk, bool(args.window)):.2f} GB at most")
     free = shutil.disk_usage(output.resolve().parent).free / 2**30
     if 2 * disk > free:
         needed = f"needs about {2 * disk:.1f} GB, {free:.1f} GB are free"

@@ -22,7 +22,7 @@ import infer
 from data import generator, procedural_clip
 from jobs import jobs_for, missing_segments
 from model import PRESETS, AdcVSR
-from stream import queue_bytes
+from stream import peak_gb
 from video import SEGMENT, VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
@@ -263,9 +263,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     out = capfd.readouterr().out
     assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
     assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
-    queues = queue_bytes(AdcVSR(**PRESETS["tiny"]), 24, 40) / 2**30
-    assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues" in out
-    assert "about twice that during a step; disk: 0.00 GB" in out
+    peak = peak_gb(AdcVSR(**PRESETS["tiny"]), 24, 40, frames=5)
+    assert "in float32; first result after 57 frames\ndisk: 0.00 GB" in out
+    assert f"memory: {peak:.2f} GB at most" in out
     assert names(tmp_path) == before
 
 
@@ -507,7 +507,6 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(AdcVSR, "encode", full_gpu)
-    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     line = refusal(clip, "--fresh", planned=True)
     assert "out of GPU memory with a single frame. Free the GPU, or use --dtype" in line
     assert not (tmp_path / "clip_x4.mp4").exists()
@@ -583,7 +582,6 @@ def test_out_of_memory_halves_the_chunk_and_drops_no_frame(tmp_path, run_here, m
         return encode(self, chunk)
 
     run_here(clip, "-o", tmp_path / "expected", "--dtype", "float32", "--chunk", 5)
-    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     monkeypatch.setattr(AdcVSR, "encode", small_gpu)
     run_here(clip, "-o", tmp_path / "halved", "--dtype", "float32", "--chunk", 5)
     difference = read_clip(tmp_path / "halved").astype(int) - read_clip(tmp_path / "expected")
