@@ -198,6 +198,15 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...]:
     return a, b, c, d
 
 
+def _cropping(stream: VideoStream, width: int, height: int) -> tuple[slice, slice]:
+    """Rows and columns that the container wants to be shown; PyAV 17 does not tell."""
+    data = getattr(stream.codec_context, "coded_side_data", {}).get("frame_cropping", bytes(16))
+    top, bottom, left, right = np.frombuffer(data, "=u4").tolist()
+    rows, columns = slice(top, height - bottom), slice(left, width - right)
+    there = top + bottom < height and left + right < width
+    return (rows, columns) if there else (slice(None), slice(None))
+
+
 def _upright(rgb: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
     """The frame (h w 3) turned and mirrored: of the eight ways the one nearest to the matrix."""
     a, b, c, d = matrix
@@ -341,6 +350,7 @@ class VideoReader:
         self._origin, self._size = first.pts, (first.width, first.height)
         self.start_time = (first.pts or 0) * self.tick
         self._codec, self._matrix = stream.codec_context.name, _display_matrix(first)
+        self._shown = _cropping(stream, *self._size)
         try:
             self.height, self.width = self._rgb(first).shape[:2]
         except (av.error.FFmpegError, ValueError) as error:
@@ -476,7 +486,7 @@ class VideoReader:
         if limited_grey:  # swscale takes all grey for full
             rgb["src_color_range"] = ColorRange.JPEG
         converted = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
-        shown = _upright(converted.to_ndarray(), self._matrix)
+        shown = _upright(converted.to_ndarray()[self._shown], self._matrix)
         if limited_grey:
             most = (2 ** frame.format.components[0].bits - 1) / 2 ** (frame.format.components[0].bits - 8)
             black, white = 16 * 255 / most, 235 * 255 / most
