@@ -413,8 +413,8 @@ class VideoReader:
             self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
         # Headers count what an edit list hides and the places of dropped frames; an index what is there.
         index = [entry for entry in stream.index_entries if not entry.is_discard] if stream.frames else []
-        self._cut = any(entry.pos + entry.size > container.size for entry in index)
-        self._cut = self._cut or _matroska_is_cut(self.path)
+        ends, there = (entry.pos + entry.size for entry in index), self.path.stat().st_size
+        self._cut = max(ends, default=0) > there or _matroska_is_cut(self.path)
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
         seconds = (self.constant_rate and _seconds(stream)) or longest  # a variable rate is only a mean
         self.frames = len(index) or round(seconds * self.rate) or None
