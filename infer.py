@@ -213,14 +213,16 @@ class Chunk(NamedTuple):
     clip: Tensor
 
 
-def in_chunks(frames: Iterator[tuple[int, Frame]], first: int, size: int, pinned: bool) -> Iterator[Chunk]:
-    """The frames from number `first` on, up to each multiple of `size` and each cut. Pinned: a GPU fetches
-    them by itself."""
-    numbered = enumerate(frames, first)
-    for (shot, _), group in groupby(numbered, lambda item: (item[1][0], item[0] // size)):
+def in_chunks(
+    frames: Iterator[tuple[int, Frame]], first: int, size: int, device: torch.device
+) -> Iterator[Chunk]:
+    """The frames from number `first` on, up to each multiple of `size` and each cut."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+    for (shot, _), group in groupby(enumerate(frames, first), lambda item: (item[1][0], item[0] // size)):
         chunk = [frame for _, (_, frame) in group]
         clip = to_clip([frame.rgb for frame in chunk])
-        yield Chunk(shot, chunk, clip.pin_memory() if pinned else clip)
+        yield Chunk(shot, chunk, clip.pin_memory() if device.type == "cuda" else clip)  # a GPU fetches it
 
 
 def fetched(x: Tensor) -> Tensor:
@@ -392,8 +394,8 @@ def upscale(job: Job, clip: Path, output: Path, net: Student, args: Args, crew: 
         color = ("none" if args.adcsr is None else "adain") if args.color == "auto" else args.color
 
         first, frames = frames_for(job.begin, reader, args, reach, grid)
-        pinned = next(net.parameters()).is_cuda
-        chunks = ahead(in_chunks(frames, first, grid, pinned))  # one thread decodes
+        device = next(net.parameters()).device
+        chunks = ahead(in_chunks(frames, first, grid, device))  # one thread decodes
         stack.enter_context(closing(chunks))
         results = ahead(super_resolve(net, chunks, args.window, color), depth=4)  # one computes
         stack.enter_context(closing(results))

@@ -198,6 +198,15 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...]:
     return a, b, c, d
 
 
+def _cropping(stream: VideoStream, width: int, height: int) -> tuple[slice, slice]:
+    """Rows and columns that the container wants to be shown; PyAV 17 does not tell."""
+    data = getattr(stream.codec_context, "coded_side_data", {}).get("frame_cropping", bytes(16))
+    top, bottom, left, right = np.frombuffer(data, "=u4").tolist()
+    rows, columns = slice(top, height - bottom), slice(left, width - right)
+    there = top + bottom < height and left + right < width
+    return (rows, columns) if there else (slice(None), slice(None))
+
+
 def _upright(rgb: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
     """The frame (h w 3) turned and mirrored: of the eight ways the one nearest to the matrix."""
     a, b, c, d = matrix
@@ -342,6 +351,7 @@ class VideoReader:
         self._origin, self._size = first.pts, (first.width, first.height)
         self.start_time = (first.pts or 0) * self.tick
         self._codec, self._matrix = stream.codec_context.name, _display_matrix(first)
+        self._shown = _cropping(stream, *self._size)
         try:
             self.height, self.width = self._rgb(first).shape[:2]
         except (av.error.FFmpegError, ValueError) as error:
@@ -404,8 +414,8 @@ class VideoReader:
             self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
         # Headers count what an edit list hides and the places of dropped frames; an index what is there.
         index = [entry for entry in stream.index_entries if not entry.is_discard] if stream.frames else []
-        self._cut = any(entry.pos + entry.size > container.size for entry in index)
-        self._cut = self._cut or _matroska_is_cut(self.path)
+        ends, there = (entry.pos + entry.size for entry in index), self.path.stat().st_size
+        self._cut = max(ends, default=0) > there or _matroska_is_cut(self.path)
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
         seconds = (self.constant_rate and _seconds(stream)) or longest  # a variable rate is only a mean
         self.frames = len(index) or round(seconds * self.rate) or None
@@ -477,7 +487,7 @@ class VideoReader:
         if limited_grey:  # swscale takes all grey for full
             rgb["src_color_range"] = ColorRange.JPEG
         converted = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
-        shown = _upright(converted.to_ndarray(), self._matrix)
+        shown = _upright(converted.to_ndarray()[self._shown], self._matrix)
         if limited_grey:
             most = (2 ** frame.format.components[0].bits - 1) / 2 ** (frame.format.components[0].bits - 8)
             black, white = 16 * 255 / most, 235 * 255 / most

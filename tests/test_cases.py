@@ -251,6 +251,31 @@ def test_every_turn_and_mirror_is_shown_as_players_do(tmp_path, matrix):
     assert shown.shape == expected.shape and np.abs(shown - expected).mean() < 12
 
 
+def with_clean_aperture(path: Path, top: int, bottom: int, left: int, right: int) -> Path:
+    """QuickTime's own cropping, in the description of a 64x48 track."""
+    content = bytearray(path.read_bytes())
+    middle = right - left, bottom - top  # of what is shown, beside the picture's, in halves of pixels
+    sides = 64 - left - right, 1, 48 - top - bottom, 1, -middle[0], 2, -middle[1], 2
+    box = struct.pack(">I4s8i", 40, b"clap", *sides)
+    start = content.index(b"avc1", content.index(b"stsd")) - 4
+    end = start + struct.unpack_from(">I", content, start)[0]
+    content[end:end] = box
+    for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"avc1"):
+        place = content.rindex(name, 0, end) - 4
+        struct.pack_into(">I", content, place, struct.unpack_from(">I", content, place)[0] + len(box))
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.skipif(not hasattr(av.VideoCodecContext, "coded_side_data"), reason="this PyAV does not tell")
+@pytest.mark.parametrize("sides", [(6, 12, 14, 10), (0, 0, 8, 8), (4, 0, 0, 2)])
+def test_what_the_container_crops_is_not_shown(tmp_path, sides):
+    source = raw_video(tmp_path / "a.mp4", moving_clip(2))
+    top, bottom, left, right = sides
+    expected = read_clip(source)[:, top : 48 - bottom, left : 64 - right]
+    assert np.array_equal(read_clip(with_clean_aperture(source, *sides)), expected)
+
+
 @pytest.mark.parametrize("codec, suffix", [("libvpx-vp9", ".mp4"), ("libx264", ".mkv")])
 def test_the_shape_of_pixels_is_the_containers(tmp_path, codec, suffix):
     tags = {"sample_aspect_ratio": Fraction(64, 45)}

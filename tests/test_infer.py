@@ -360,7 +360,7 @@ def test_what_goes_on_in_the_middle_gives_the_same_frames(tmp_path, weights, len
             first, frames = infer.frames_for(begin, reader, args, reach, grid)
             shot = max(start for start in np.cumsum([0, *lengths[:-1]]) if start <= begin)
             assert max(shot, begin - reach - grid + 1) <= first <= begin
-            chunks = infer.in_chunks(frames, first, grid, pinned=False)
+            chunks = infer.in_chunks(frames, first, grid, torch.device("cpu"))
             pieces = infer.super_resolve(net, chunks, window)
             return [sr for piece in pieces for _, sr in piece][begin - first :]
 
@@ -368,6 +368,22 @@ def test_what_goes_on_in_the_middle_gives_the_same_frames(tmp_path, weights, len
     assert len(expected) == 120 and results(120) == results(130) == []
     for begin in (70, 78, 85, 119):
         assert np.array_equal(results(begin), expected[begin:]), begin
+
+
+@pytest.mark.parametrize("start", [0, Fraction(1, 5)])
+def test_frames_that_are_passed_over_are_those_that_would_have_come(tmp_path, start):
+    frames = shots_of(12)[0]
+    clips = [write_frames(tmp_path / "folder", frames), raw_video(tmp_path / "clip.mp4", frames)]
+    Image.fromarray(frames[0]).save(
+        tmp_path / "moving.webp", append_images=map(Image.fromarray, frames[1:]), save_all=True, duration=40
+    )
+    for clip in (*clips, tmp_path / "moving.webp"):
+        with VideoReader(clip, start) as reader:
+            whole = list(reader)
+            reader.skip = 3
+            rest = list(reader)
+        assert [frame.time for frame in rest] == [frame.time for frame in whole[3:]] != []
+        assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(rest, whole[3:]))
 
 
 # --- several processes -----------------------------------------------------------------------------------
