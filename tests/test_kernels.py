@@ -299,6 +299,7 @@ def test_add_bias_rounds_once():
 @by_kernels
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 15, 96), (3, 5, 480)])
 def test_geglu_and_its_gradient_equal_torchs(shape):
+    torch.manual_seed(0)  # a single number near gelu's zero would be all rounding
     x = torch.randn(shape, device=DEVICE) * 2
     dy = torch.randn(*shape[:-1], shape[-1] // 2, device=DEVICE)
 
