@@ -33,7 +33,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
 from model import SCALE, AdcVSR, Student, WeightsError, bicubic
-from runtime import UserError, ahead, explained, run
+from runtime import UserError, ahead, explained, fast_dtype, run
 from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
     CRF,
@@ -244,7 +244,7 @@ def load_network(args: Args) -> Student:
         net = net.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here. Use --device cpu.") from error
-    return net.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net.for_inference(dtype)
 
 
 def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -253,11 +253,8 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else mps
     if dtype == "auto":
-        dtype = "float32"
-        if device.startswith("cuda"):
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        elif device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
-            dtype = "bfloat16"  # an older torch does not tell
+        fast = fast_dtype(device)
+        return device, torch.float16 if device.startswith("cuda") and fast == torch.float32 else fast
     return device, getattr(torch, dtype)
 
 

@@ -72,7 +72,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "steps":          (None,     2000,          4200,          12),
     "lr":             (None,     None,          3e-4,          3e-4),
     "halve_at":       (None,     (1200, 1600),  (3060, 3450, 3750, 3950, 4070, 4150), ()),
-    "checkpointing":  (None,     False,         False,         None),
+    "checkpointing":  (None,     "none",        "none",        None),
     "every":          (None,     200,           200,           6),
     "workers":        (None,     1,             2,             0),
     "out":            (None,     None,          None,          "runs/smoke/stage1"),
@@ -97,7 +97,7 @@ def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -
     for clips in map(to_inputs, batch):
         share = len(clips["lr"]) / total
         x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
-        with torch.autocast(world.device.type, torch.bfloat16):
+        with world.autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
 
@@ -143,9 +143,10 @@ def main(cfg: Config) -> None:
     student = new_student(cfg)
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
-    student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
+    student, dists = (net and net.to(world.device) for net in (student, dists))
+    encoder = encoder and world.place_frozen(encoder)
     student.for_training(cfg.checkpointing, world.device)
-    optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
+    optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused=world.fused)
     # data
     clips = training_clips(cfg, stage=1)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates
