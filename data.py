@@ -188,7 +188,12 @@ def walk(folder: Path, times: dict[str, int]) -> Iterator[str]:
     def refuse(error: OSError):
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
+    seen = set()  # a symbolic link may lead back
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (here := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(here)
         times[place] = os.stat(place).st_mtime_ns
         folders[:] = [name for name in folders if name[0] != "." and name not in NOT_HR]
         inside = os.path.relpath(place, folder)
@@ -368,9 +373,9 @@ class TrainingClips(torch.utils.data.Dataset):
                 if files is self.videos:
                     clip = video_clip(path, frames, self.size, rng)
                 elif frames > 1 and rng.random() < MOVING_SHARE:
-                    clip = moving_crop(read_clip(path)[0], frames, self.size, rng)
+                    clip = moving_crop(read_clip(path, 0, 1)[0], frames, self.size, rng)
                 else:
-                    clip = np.repeat(random_crop(read_clip(path), self.size, rng), frames, axis=0)
+                    clip = np.repeat(random_crop(read_clip(path, 0, 1), self.size, rng), frames, axis=0)
                 across, down, transposed = rng.random(3) < 0.5  # flips, alike in all frames
                 clip = clip[:, :: -1 if down else 1, :: -1 if across else 1]
                 return np.ascontiguousarray(clip.swapaxes(1, 2) if transposed else clip)
@@ -442,7 +447,7 @@ def held_out_clips(cfg, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 hr = video_clip(path, cfg.frames, cfg.size, generator(key, PAIR))
             else:
-                hr = moving_crop(read_clip(path)[0], cfg.frames, cfg.size, generator(key, PAIR))
+                hr = moving_crop(read_clip(path, 0, 1)[0], cfg.frames, cfg.size, generator(key, PAIR))
             clips.append((path.stem, hr, degrade(hr, generator(key, DEGRADE))))
     for seed in range(0 if clips else count):
         hr = procedural_clip(generator(seed), cfg.frames, (cfg.size, cfg.size)).frames

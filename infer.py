@@ -32,8 +32,9 @@ from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
-from model import SCALE, AdcVSR, Student, WeightsError, bicubic
-from runtime import UserError, ahead, explained, fast_dtype, run
+from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
+from runtime import UserError, ahead, explained, fast_dtype, printable, run
+from stills import moves
 from stream import CONTEXT, in_windows, queue_bytes, stream
 from video import (
     CRF,
@@ -46,16 +47,19 @@ from video import (
     ResumableWriter,
     VideoReader,
     centre,
+    is_hidden,
+    suffix_of,
     to_clip,
     to_frames,
     to_network,
     to_uint8,
+    with_ending,
 )
 
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
-    "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
+    "frame --adcsr (AdcSR's official weights, fetched once)."
 )
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
@@ -65,7 +69,9 @@ BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, fo
 # --- Command line ------------------------------------------------------------------------------------
 
 
-def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1) -> PrimitiveConstructorSpec:
+def written_as(
+    metavar: str, make: Callable[[list[str]], object], words: int | str = 1
+) -> PrimitiveConstructorSpec:
     """What tyro has no type for, or shows with more types than a user has to know."""
     return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
 
@@ -73,7 +79,7 @@ def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1
 # Frame times are fractions: as floats, most of them would fall before or behind their frame.
 SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
 FILE = written_as("PATH", lambda words: Path(words[0]))
-TWO_FILES = written_as("NET_PARAMS HALF_DECODER", tuple, 2)
+ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,8 @@ class Args:
     # default: <name>_x4 beside the input; a folder for several inputs
     output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
-    # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
-    adcsr: Annotated[tuple[str, str] | None, TWO_FILES] = None
+    # AdcSR frame by frame: from the hub, or its two official files
+    adcsr: Annotated[tuple[str, ...] | None, ADCSRS] = None
     chunk: int = CHUNK  # frames a step
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
     color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
@@ -233,8 +239,8 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
 
 def load_network(args: Args) -> Student:
     """The network that the flags ask for, on its device, in its dtype."""
-    if args.adcsr:  # without temporal blocks: they would start as the identity
-        net = AdcVSR.from_adcsr(*args.adcsr, temporal="none")
+    if args.adcsr is not None:  # without temporal blocks: they would start as the identity
+        net = AdcVSR.from_adcsr(*adcsr_files(args.adcsr), temporal="none")
     else:
         net = load_student(args.weights)
         if args.weights == str(SHIPPED):
@@ -263,22 +269,25 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
     """clip.mp4, "_x4" -> clip_x4.mp4 beside it, with another suffix if one is given."""
-    return path.with_name(path.stem + ending + (path.suffix if suffix is None else suffix))
+    kind = path.suffix if suffix_of(path) else ""
+    bare = path.with_name(path.name.removesuffix(kind))
+    return with_ending(bare, ending + (kind if suffix is None else suffix))
 
 
 def default_output(clip: Path) -> Path:
     """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
     if clip.is_dir():
-        return clip.resolve().with_name(f"{clip.resolve().name}_x4")
+        return with_ending(clip.resolve(), "_x4")
     suffix = clip.suffix.lower()
-    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".png")
+    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".mp4" if moves(clip) else ".png")
     return suffixed(clip, "_x4", others.get(suffix, suffix if suffix in VIDEO_FORMATS else ".mp4"))
 
 
 def fingerprint(path: Path) -> list:
     """What tells whether a file is still the same: the files in it, their sizes and times of change."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
+    files = [f for f in files if f.is_file() and not is_hidden(f.name)]
+    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 def input_size(reader: VideoReader, args: Args) -> tuple[int, int]:
@@ -303,7 +312,8 @@ def writers_for(output: Path, reader: VideoReader, args: Args) -> list[Resumable
     if output.suffix.lower() == ".png" and (expected_frames(reader, args) or 1) > 1:
         raise UserError(f"{output}: a .png holds one frame. Give a video, or a folder for PNGs.")
     made_by = {"input": fingerprint(reader.path)}
-    made_by |= {"weights": [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]}
+    weights = [args.weights] if args.adcsr is None else adcsr_files(args.adcsr)
+    made_by |= {"weights": [fingerprint(Path(p)) for p in weights]}
     made_by |= {k: str(getattr(args, k)) for k in CHANGES_RESULT}
     w, h = input_size(reader, args)
     sizes = {output: (SCALE * w, SCALE * h)}
@@ -325,7 +335,8 @@ def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args:
     pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
     disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
     print(
-        f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
+        f"{printable(reader.path)} {w}x{h}{rate} {frames or '?'} frames -> "
+        f"{printable(output)} {SCALE * w}x{SCALE * h}\n"
         f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, "
         f"{writer.done // SEGMENT} done; chunks of {args.chunk} on {weight.device} in "
         f"{str(weight.dtype)[6:]}; first result after {lag + 1} frames\n"
@@ -340,7 +351,7 @@ def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args:
 
 def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args: Args) -> None:
@@ -356,7 +367,7 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args:
         # so that every number is computed as it would have been.
         reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
         first = max(0, (done - reach) // grid * grid)
-        color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
+        color = ("none" if args.adcsr is None else "adain") if args.color == "auto" else args.color
 
         frames = islice(wanted_frames(reader, args), first, None)
         chunks = ahead(in_chunks(frames, grid, pinned=next(net.parameters()).is_cuda))  # one thread decodes
@@ -392,8 +403,8 @@ def keep_memory() -> None:
 def clips_in(path: Path) -> list[Path]:
     """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
     found = sorted(path.iterdir()) if path.is_dir() else []
-    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and p.name[0] != "."]
-    results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
+    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(p.name)]
+    results = {suffixed(p, "_x4" + more, "").name for p in clips for more in ("", "_compare")}
     return [p for p in clips if p.stem not in results] or [path]
 
 
@@ -424,7 +435,7 @@ def main() -> None:
             if len(clips) == 1 or isinstance(error, WeightsError):
                 raise
             failed += 1  # the other clips are not to blame
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
     if failed:
         raise UserError(f"{failed} of {len(clips)} clips could not be upscaled.")
 

@@ -7,6 +7,7 @@ Admission test: a line that mentions a frame, a latent, a label or a loss belong
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -63,14 +64,53 @@ def optional(module: str) -> ModuleType:
         raise ImportError(f"{module} cannot be imported, {reason}") from error
 
 
+def printable(text: object) -> str:
+    """The text on one line: file names may hold line breaks and control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+class Said(io.TextIOWrapper):
+    """stdout or stderr as a program of hours needs them: what they cannot show is escaped, and once their
+    reader is gone, what is said goes nowhere."""
+
+    def write(self, text: str) -> int:
+        with self.or_nowhere():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.or_nowhere():
+            super().flush()
+
+    @contextmanager
+    def or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def speak_anywhere() -> None:
+    """Makes sys.stdout and sys.stderr `Said`; where they were closed, what is said goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook has put there
+            flushed = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            said = Said(stream.detach(), stream.encoding, "backslashreplace", **flushed)
+            setattr(sys, name, said)
+
+
 def run(main: Callable[[], None]) -> None:
     """main(), a `UserError` shown as one line with exit status 2, Ctrl-C with 130; other errors are bugs."""
+    speak_anywhere()
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -85,7 +125,8 @@ def complete(path: Path) -> Iterator[Path]:
     """A place for a file or a folder that becomes `path` once the block has ended well: nobody ever sees half
     of it, not even after a power cut. Raises OSError where it cannot be written."""
     # As short as it is, it fits wherever the final name does; it is the same after a kill, and found again.
-    partial = path.with_name(f".partial-{hashlib.sha256(path.name.encode()).hexdigest()[:8]}{path.suffix}")
+    suffix = path.suffix if len(path.suffix) < 12 else ""  # in a folder's name that may be any part of it
+    partial = path.with_name(f".partial-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{suffix}")
     try:
         remove(partial)
         yield partial
@@ -94,7 +135,7 @@ def complete(path: Path) -> Iterator[Path]:
                 with open(file, "r+b") as handle:  # Windows syncs only what is open for writing
                     os.fsync(handle.fileno())
         if path.is_dir():
-            shutil.rmtree(path)
+            remove(path)
         os.replace(partial, path)
     finally:
         remove(partial)
@@ -224,12 +265,15 @@ class World:
         where DistributedDataParallel would have to be told which of several passes is the last."""
         if self.size == 1:
             return
-        gradients, sent = [p.grad for p in parameters if p.grad is not None], []
-        while gradients:  # many in one message: there are hundreds, most of them small
-            bucket = [gradients.pop()]
-            while gradients and sum(g.nbytes for g in bucket) < BUCKET:
-                bucket.append(gradients.pop())
-            flat = torch.cat([g.flatten() for g in bucket])
+        buckets, room, sent = [], 0, []
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            if room <= 0:
+                buckets.append([])
+                room = BUCKET
+            buckets[-1].append(gradient)
+            room -= gradient.nbytes
+        for bucket in buckets:  # one message for each: there are hundreds of gradients, most of them small
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
             sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
         for bucket, flat, message in sent:
             message.wait()

@@ -23,7 +23,7 @@ from einops import rearrange, reduce, repeat
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model import WeightsError
+from model import WeightsError, maybe_checkpoint
 from runtime import explained
 
 WINDOWS = (4, 3, 3)  # windows in a clip of the training's size, along t, h, w              Sec. 3.2
@@ -314,7 +314,7 @@ class NaDiT(nn.Module):
         version: int,
     ):  # fmt: skip
         super().__init__()
-        self.area, self.version = area, version
+        self.area, self.version, self.checkpointing = area, version, False
         token = PATCH**2
         self.vid_in = nn.ModuleDict({"proj": nn.Linear(token * (2 * latents + 1), width)})
         self.txt_in = nn.Linear(text, width)
@@ -346,7 +346,8 @@ class NaDiT(nn.Module):
         emb = rearrange(self.emb_in(step), "b (c two three) -> two b 1 c three", two=2, three=3)
         tapped = []
         for i, block in enumerate(self.blocks):
-            vid, txt = block(vid, txt, emb, cuts[i % 2])                      # every second layer is shifted
+            args = vid, txt, emb, cuts[i % 2]                                 # every second layer is shifted
+            vid, txt = maybe_checkpoint(self.checkpointing, block, *args)
             if i + 1 in taps:
                 tapped.append(rearrange(vid, "b (t h w) c -> b t h w c", h=h, w=w))
         if self.version == 2:
