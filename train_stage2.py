@@ -251,9 +251,9 @@ def new_discriminators(cfg: Config, student: Student) -> nn.ModuleDict:
         for suffix, split in heads.items():
             if domain == "pixel":
                 shape = {"checkpointing": cfg.checkpointing != "none", "shift": cfg.shift}
-                d = PixelDiscriminator.from_pretrained(cfg.backbone, split, **shape)
+                d = PixelDiscriminator.from_pretrained(cfg.backbone, heads=split, **shape)
             else:
-                d = FeatureDiscriminator(student.unet, split, checkpointing=cfg.checkpointing == "all")
+                d = FeatureDiscriminator(student.unet, heads=split, checkpointing=cfg.checkpointing == "all")
             discriminators[domain + suffix] = d
     return discriminators
 
