@@ -27,6 +27,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -63,9 +64,10 @@ from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, Upsample, bicubic
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
+from shots import in_shots
 from stream import Stream, decoded
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
-from video import VideoWriter, to_clip, to_frames, to_network, to_uint8
+from video import Frame, VideoWriter, to_clip, to_frames, to_network, to_uint8
 
 ROOT = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -537,6 +539,7 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
     clip = procedural_clip(generator(0), frames, (size, size)).frames
     parts = {"procedural clip": lambda i: procedural_clip(generator(i), frames, (size, size))}
     parts |= {"degradation": lambda i: degrade(clip, generator(i))}
+    parts |= {"search for cuts": lambda i: list(in_shots(Frame(rgb, Fraction(0)) for rgb in clip))}
     if args.videos and args.images:
         shape = {"frames": frames, "size": size}
         sources = Sources(args.videos, args.images, validation=args.validation, **shape)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from degrade import SCALE, degrade, one_thread
 from runtime import UserError, World, complete, explained
+from shots import in_shots
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, read_clip, to_clip, to_network
 
 # Choice: all of these; the paper says neither how clips and crops are drawn nor how photos are used.
@@ -45,6 +46,7 @@ MOVING_SHARE = 0.75  # of those, the share seen by a moving camera
 SHRINK = 0.5  # crops are shrunk by up to this: it hides the compression of the source
 FLAT = 2.5  # mean step between neighbouring pixels, in grey levels, below which a crop is too flat
 CROPS = 8  # crops tried to find one that is not
+STARTS = 8  # windows of a video tried to find one without a cut
 PAN = 3 + 3j  # pixels a frame that a camera drifts along x and y, at most
 SWING = 0.004 + 0.004j  # log scale a frame that it zooms, radians a frame that it turns, at most
 FINER = 2  # moving crops are drawn on a finer grid and averaged, which keeps them equally sharp everywhere
@@ -239,17 +241,21 @@ def random_crop(clip: np.ndarray, size: int, rng: Generator) -> np.ndarray:
 
 
 def video_clip(path: Path, frames: int, size: int, rng: Generator) -> np.ndarray:
-    """(t size size 3) uint8: `frames` consecutive frames of a video, from a random one on, cropped."""
+    """(t size size 3) uint8: `frames` consecutive frames of one shot of a video, at random, cropped."""
     with VideoReader(path) as reader:
-        there = max(frames, reader.frames or 0)  # so the header says, and headers are often wrong
-        while there >= frames:
+        there, cuts = max(frames, reader.frames or 0), 0  # so the header says, and headers are often wrong
+        while there >= frames and cuts < STARTS:
             start = int(rng.integers(there - frames + 1))
             reader.start = reader.time_of(start)
-            clip = [frame.rgb for frame in islice(reader, frames)]
-            if len(clip) == frames:
-                return random_crop(np.stack(clip), size, rng)
-            there = start + len(clip)
-    raise DataError(f"{path}: {there} frames decode, {frames} are needed")
+            clip = list(islice(reader, frames))
+            if len(clip) < frames:
+                there = start + len(clip)
+            elif any(shot for shot, _ in in_shots(clip)):
+                cuts += 1
+            else:
+                return random_crop(np.stack([frame.rgb for frame in clip]), size, rng)
+    found = f"a cut in each of {cuts} windows" if cuts == STARTS else f"{there} frames decode"
+    raise DataError(f"{path}: {found}, {frames} frames are needed")
 
 
 def smooth_path(frames: int, step: complex, rng: Generator) -> np.ndarray:

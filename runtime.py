@@ -95,7 +95,7 @@ def speak_anywhere() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
         elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook has put there
             flushed = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
             said = Said(stream.detach(), stream.encoding, "backslashreplace", **flushed)
@@ -285,6 +285,15 @@ class World:
             dist.barrier()
 
 
+def shared_store() -> tuple[dist.Store, int, int]:
+    """Names and numbers that all processes of a torchrun see, this one's rank, and how many there are."""
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps its store over restarts: under one name, a new start reads the dead one's addresses.
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
+
+
 def init_world() -> World:
     """Joins torchrun's process group (NCCL on GPUs, gloo on CPUs); without torchrun a world of one."""
     device = torch.device("cpu")
@@ -292,11 +301,9 @@ def init_world() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps its store over restarts: under one name, a new start reads the dead one's addresses.
-        attempt = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, size = shared_store()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), device)
     return World(0, 1, device)

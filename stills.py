@@ -8,6 +8,7 @@ profile (`profile`), which belongs to the result, too; what is no RGB is brought
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -25,6 +26,7 @@ IMAGE_SUFFIXES = {
 MOVING = {"WEBP", "PNG", "GIF", "AVIF"}  # formats of animations; others hold pages, or smaller versions
 GIF_FRAME = Fraction(1, 10)  # seconds; what browsers make of a frame without a duration
 PIXELS = 178_956_970  # Pillow's own limit, above which it suspects an attack
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # nothing is turned then
 Image.MAX_IMAGE_PIXELS = None  # `opened` says it in a line with the size and the way out
 # Node editors keep their workflows in PNG's text, compressed: Pillow stops at one megabyte.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28

@@ -23,7 +23,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
@@ -62,6 +62,7 @@ JUMP = 10  # Choice: frames by which a clock may run ahead of the rate; beyond, 
 PREROLL = Fraction(1, 10)  # seconds, more than any codec needs to hear before what is to be heard
 PAUSE = 60  # Choice: seconds that a frame of a variable rate may last
 LONGEST_NAME = 255  # bytes
+LOCK = ".lock"  # in the folder of segments
 TS_DISCONT = 0x200  # FFmpeg's flag of containers whose clock may jump: AVFMT_TS_DISCONT
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
@@ -149,7 +150,8 @@ class Frame:
 def _open_container(path: Path, name: str, **options: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"} | options, **FOREIGN_TEXT)
+        options = {"protocol_whitelist": "file"} | options
+        return av.open(f"file:{path}", container_options=options, **FOREIGN_TEXT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -196,6 +198,15 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...]:
     return a, b, c, d
 
 
+def _cropping(stream: VideoStream, width: int, height: int) -> tuple[slice, slice]:
+    """Rows and columns that the container wants to be shown; PyAV 17 does not tell."""
+    data = getattr(stream.codec_context, "coded_side_data", {}).get("frame_cropping", bytes(16))
+    top, bottom, left, right = np.frombuffer(data, "=u4").tolist()
+    rows, columns = slice(top, height - bottom), slice(left, width - right)
+    there = top + bottom < height and left + right < width
+    return (rows, columns) if there else (slice(None), slice(None))
+
+
 def _upright(rgb: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
     """The frame (h w 3) turned and mirrored: of the eight ways the one nearest to the matrix."""
     a, b, c, d = matrix
@@ -220,6 +231,7 @@ class VideoReader:
     width, height        of the upright frame
     rate, constant_rate  frames a second, or their mean; whether every frame lies on the grid n / rate
     frames               expected number in the whole clip, for progress bars; None if unknown
+    skip                 frames from `start` on that iterating passes over, which costs less than showing them
     tick, start_time     seconds: the unit of the file's clock, and the first frame's time on it
     shifts               seconds from the file's clock to the clip's: another one after each jump of it
     aspect, hdr, icc     width of a pixel by its height; H.273 (matrix, primaries, transfer); colour profile;
@@ -230,7 +242,7 @@ class VideoReader:
     def __init__(self, path: str | Path, start: float | Fraction = 0.0):
         self.path, self.start = Path(path), Fraction(start)
         self.name = (self.path.name or str(self.path)) + "/" * self.path.is_dir()
-        self.rate, self.constant_rate, self.frames = FOLDER_RATE, True, None
+        self.rate, self.constant_rate, self.frames, self.skip = FOLDER_RATE, True, None, 0
         self.tick = self.start_time = Fraction(0)
         self.shifts = [Fraction(0)]
         self.aspect, self.hdr, self.icc = None, None, None
@@ -302,11 +314,11 @@ class VideoReader:
     def _iter_images(self) -> Iterator[Frame]:
         if self.kind == "animation":
             with self._image(0) as image:
-                for (frame, _), time in zip(animation(image), self._times):
-                    if time >= self.start:
-                        yield Frame(as_rgb(frame), time)
+                first = sum(time < self.start for time in self._times) + self.skip
+                for (frame, _), time in islice(zip(animation(image), self._times), first, None):
+                    yield Frame(as_rgb(frame), time)
             return
-        for i in range(math.ceil(self.start * self.rate), len(self._files)):
+        for i in range(math.ceil(self.start * self.rate) + self.skip, len(self._files)):
             with self._image(i) as image:
                 rgb = as_rgb(image)
                 if (h_w := rgb.shape[:2]) != (self.height, self.width):
@@ -339,6 +351,7 @@ class VideoReader:
         self._origin, self._size = first.pts, (first.width, first.height)
         self.start_time = (first.pts or 0) * self.tick
         self._codec, self._matrix = stream.codec_context.name, _display_matrix(first)
+        self._shown = _cropping(stream, *self._size)
         try:
             self.height, self.width = self._rgb(first).shape[:2]
         except (av.error.FFmpegError, ValueError) as error:
@@ -401,8 +414,8 @@ class VideoReader:
             self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
         # Headers count what an edit list hides and the places of dropped frames; an index what is there.
         index = [entry for entry in stream.index_entries if not entry.is_discard] if stream.frames else []
-        self._cut = any(entry.pos + entry.size > container.size for entry in index)
-        self._cut = self._cut or _matroska_is_cut(self.path)
+        ends, there = (entry.pos + entry.size for entry in index), self.path.stat().st_size
+        self._cut = max(ends, default=0) > there or _matroska_is_cut(self.path)
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
         seconds = (self.constant_rate and _seconds(stream)) or longest  # a variable rate is only a mean
         self.frames = len(index) or round(seconds * self.rate) or None
@@ -454,11 +467,10 @@ class VideoReader:
     @cached_property
     def _sound_times(self) -> list[Fraction]:
         """When the packets of the first sound begin, on the file's clock."""
-        times = []
+        times: list[Fraction] = []
         with _open_container(self.path, self.name) as container, suppress(av.error.FFmpegError):
-            for packet in container.demux(container.streams.audio[:1] or ()):
-                if packet.pts is not None:
-                    times.append(packet.pts * packet.time_base)
+            for sound in container.streams.audio[:1]:
+                times += (p.pts * p.time_base for p in container.demux(sound) if p.pts is not None)
         return times
 
     @property
@@ -475,7 +487,7 @@ class VideoReader:
         if limited_grey:  # swscale takes all grey for full
             rgb["src_color_range"] = ColorRange.JPEG
         converted = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
-        shown = _upright(converted.to_ndarray(), self._matrix)
+        shown = _upright(converted.to_ndarray()[self._shown], self._matrix)
         if limited_grey:
             most = (2 ** frame.format.components[0].bits - 1) / 2 ** (frame.format.components[0].bits - 8)
             black, white = 16 * 255 / most, 235 * 255 / most
@@ -517,6 +529,9 @@ class VideoReader:
         shown = 0
         for frame, time in self._timed(self._decode_from(self.start)):
             if time < self.start - Fraction(1, 10**6):  # a float cannot hold most frame times
+                continue
+            if shown < self.skip:
+                shown += 1
                 continue
             try:
                 rgb = self._rgb(frame)
@@ -560,7 +575,8 @@ def with_ending(path: Path, ending: str) -> Path:
     if len(name) <= room:
         return path.with_name(path.name + ending)
     mark = "-" + hashlib.sha256(name).hexdigest()[:8]
-    return path.with_name(name[: room - len(mark)].decode(errors="ignore") + mark + ending)
+    whole = name[: room - len(mark)].decode(errors="ignore").encode()  # without half a character at its end
+    return path.with_name(os.fsdecode(whole) + mark + ending)
 
 
 def _cannot_be_written(path: Path) -> AbstractContextManager:
@@ -741,7 +757,8 @@ class ResumableWriter:
     made_by  what the segments depend on, JSON: segments that depend on something else are refused
     fresh    forget the segments that are there
     to_end   copy the source's audio and subtitles to their end, else to the end of the picture
-    done     frames that are written already: the next one is `write`'s
+    shared   other processes write segments, too: one holds them `reserved`, one calls `join` behind all
+    done     frames that are written already: the next one is `write`'s; where shared, set it to begin there
     notes    lines for the user, after the exit
     """
 
@@ -754,44 +771,71 @@ class ResumableWriter:
         made_by: dict,
         fresh: bool = False,
         to_end: bool = True,
+        shared: bool = False,
         **encoding,
     ):
         _refuse(path, width, height)
         self.path, self.parts = path, with_ending(path, ".parts")
         self.source, self.made_by, self.fresh, self.to_end = source, made_by, fresh, to_end
-        self.done, self.notes = 0, []
+        self.shared, self.done, self.notes = shared, 0, []
         self._new_segment = lambda: VideoWriter(
             self._segment_path(), width, height, source.rate, source, **encoding
         )
         self._segment: VideoWriter | None = None
-        while not fresh and self._segment_path().exists():
-            self.done += SEGMENT  # a segment has its name only once it is whole
+        finished = self.finished()
+        while self.done // SEGMENT in finished:
+            self.done += SEGMENT
+
+    def finished(self) -> set[int]:
+        """Numbers of the segments that are there: a segment has its name only once it is whole."""
+        return set() if self.fresh else {int(path.stem) // SEGMENT for path in self._segments()}
 
     def _segment_path(self) -> Path:
         suffix = suffix_of(self.path)
         return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
 
     def __enter__(self) -> ResumableWriter:
-        plan, lock = self.parts / "plan.json", self.parts / ".lock"
-        with _cannot_be_written(self.parts):
-            self.parts.mkdir(exist_ok=True)
-            self._lock = FileLock(lock, timeout=0)  # dies with its process
-            try:
-                self._lock.acquire()
-            except Timeout:
-                way_out = "Wait for it, or choose another -o."
-                raise VideoError(f"{self.path.name}: another run is at work on it. {way_out}") from None
-            for old in self.parts.iterdir() if self.fresh else ():
-                if old != lock:
-                    remove(old)
-            if not plan.exists():
-                with complete(plan) as unnamed:
-                    unnamed.write_text(json.dumps(self.made_by))
-        made = json.loads(plan.read_text())
-        if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
-            way_out = "Use --fresh to start again, or another -o."
-            raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+        if not self.shared:
+            self._reserved = ExitStack()
+            self._reserved.enter_context(self.reserved())
         return self
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """The folder of segments. VideoError where another run writes there, or it is something else's."""
+        plan = self.parts / "plan.json"
+        with ExitStack() as stack:
+            with _cannot_be_written(self.parts):
+                stack.enter_context(self._alone())
+                for old in self.parts.iterdir() if self.fresh else ():
+                    if old.name != LOCK:
+                        remove(old)
+                if not plan.exists():
+                    with complete(plan) as unnamed:
+                        unnamed.write_text(json.dumps(self.made_by))
+                made = json.loads(plan.read_text())
+            if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
+                way_out = "Use --fresh to start again, or another -o."
+                raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+            try:
+                yield
+            finally:
+                stack.close()
+                if not self._segments():
+                    remove(self.parts)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """VideoError where another run writes the same; what holds it off ends with this process."""
+        self.parts.mkdir(exist_ok=True)
+        try:
+            with FileLock(self.parts / LOCK, timeout=0):
+                yield
+                with suppress(OSError):  # Windows removes nothing that is open
+                    (self.parts / LOCK).unlink()
+        except Timeout:
+            way_out = "Wait for it, or choose another -o."
+            raise VideoError(f"{self.path.name}: another run is at work on it. {way_out}") from None
 
     def write(self, rgb: np.ndarray, time: Fraction) -> None:
         """Append rgb (h w 3) uint8, shown from `time` seconds of the source on."""
@@ -808,21 +852,19 @@ class ResumableWriter:
             segment.__exit__(*(error or (None, None, None)))
 
     def __exit__(self, *error) -> None:
-        done = False
-        try:
+        with nullcontext() if self.shared else self._reserved:
             self._finish_segment(*error)
-            if error[0] is None:
-                if not self._segments():
-                    raise VideoError(f"{self.path.name}: there is no frame to write")
-                with _cannot_be_written(self.path), complete(self.path) as unnamed:
-                    self._join(self._segments(), unnamed)
-                done = True
-        finally:
-            self._lock.release()
-            if done or not self._segments():
-                remove(self.parts)
-            else:
-                remove(self.parts / ".lock")
+            if error[0] is None and not self.shared:
+                self.join()
+
+    def join(self) -> None:
+        """Makes the clip of all segments, which are gone then."""
+        if not self._segments():
+            raise VideoError(f"{self.path.name}: there is no frame to write")
+        with _cannot_be_written(self.path), complete(self.path) as unnamed:
+            self._join(self._segments(), unnamed)
+        for segment in self._segments():
+            remove(segment)
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
@@ -868,7 +910,7 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
             whole = stack.enter_context(_open_container(source.path, source.name, ignore_editlist="1"))
             picture = next(s for s in original.streams.video if not s.disposition & Disposition.attached_pic)
             joined.metadata.update({k: v for k, v in _tags(picture).items() if k in TRACK_TAGS})
-            joined.disposition = picture.disposition
+            joined.disposition = picture.disposition.value
             streams = _sound_streams(original, whole, container, misfits)
             covers = _surroundings(original, whole, container, misfits)
             container.set_chapters(_chapters(original, source.shifts[0] - origin * tick, end))
@@ -938,7 +980,7 @@ def _sound_streams(
             misfits.append(f"{stream.type} {codec}")
             continue
         new.metadata.update(_tags(stream))
-        new.disposition, streams[stream.index] = stream.disposition, new
+        new.disposition, streams[stream.index] = stream.disposition.value, new
     return streams
 
 
@@ -962,7 +1004,7 @@ def _surroundings(
             files.append((cover.metadata.get("filename", f"cover.{kind}"), f"image/{kind}", bytes(packet)))
             continue
         packet.stream = container.add_stream_from_template(cover)
-        packet.stream.disposition, packet.pts, packet.dts = Disposition.attached_pic, 0, 0
+        packet.stream.disposition, packet.pts, packet.dts = Disposition.attached_pic.value, 0, 0
         packets.append(packet)
     for name, kind, content in files:
         if suffix == ".mkv":
