@@ -3,22 +3,28 @@
     quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
     heads     the same of tiny's stage 2, trained once for each split of the heads' channels (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
+    network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
-    train1    one step of stage 1 on one clip: seconds, memory, operations
+    train1    one step of stage 1 on one clip: seconds, memory, operations, profile
     train2    one step of stage 2
+    gpu       in four minutes what a GPU has to say: network, train1, train2, table1
     data      seconds of a core for each part of loading; a list of a million files
 
 On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute but for `heads`.
-Times are of this machine at this moment: compare rows of one run, not rows of two machines.
+Times are of this machine at this moment: compare rows of one run, not rows of two machines. What a GPU ran is
+also a line of JSON in the file bench.jsonl in the folder $OUT, where that is set.
 """
 
+import json
 import math
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -36,6 +42,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import Positional
 
+import kernels
 import train_stage1
 import train_stage2
 from compact import load_student
@@ -54,11 +61,12 @@ from metrics import (
     strips,
     warping_errors,
 )
-from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, bicubic
+from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, Upsample, bicubic
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
 from shots import in_shots
+from stream import Stream, decoded
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
 from video import Frame, VideoWriter, to_clip, to_frames, to_network, to_uint8
 
@@ -67,7 +75,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-TABLES = Literal["quality", "heads", "infer", "table1", "train1", "train2", "data"]
+TABLES = Literal["quality", "heads", "infer", "network", "table1", "train1", "train2", "data", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class Args:
     picture: str = ""  # for quality: a PNG of bicubic, students and HR
     flags: str = "--steps 400"  # for heads: more flags of train_stage2.py
     backbone: str = BACKBONE  # for train2, on a GPU: D_pixel's ConvNeXt
+    methods: tuple[str, ...] = ()  # for table1: these rows alone
 
 
 def machine() -> str:
@@ -98,6 +107,42 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return sorted(times[1:])[repeats // 2]
+
+
+def report(row: str, **values: float) -> None:
+    print(f"{row:32}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()), flush=True)
+    if ON_GPU and "OUT" in os.environ:
+        with open(Path(os.environ["OUT"]) / "bench.jsonl", "a") as file:
+            file.write(json.dumps({"row": row, "machine": machine()} | values) + "\n")
+
+
+def attempt(row: str, work: Callable[[], object]) -> None:
+    """work(), whose failure costs this row alone."""
+    try:
+        work()
+    except Exception as error:
+        traceback.print_exc()
+        report(f"FAILED: {row}, {type(error).__name__}")
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def profile(row: str, work: Callable[[], object], shown: int = 15) -> None:
+    """Where the time of work() goes: its longest kernels, and how many of all only copy."""
+    kind = "CUDA" if ON_GPU else "CPU"
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiler:
+        work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+    time_of = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+    spent = [(getattr(e, time_of) / 1e3, e.count, e.key) for e in profiler.key_averages()]
+    spent = sorted((s for s in spent if s[0]), reverse=True)
+    copies = [s for s in spent if re.search("copy|nchwtonhwc|nhwctonchw", s[2].lower())]
+    totals = {"ms": sum(s[0] for s in spent), "kernels": sum(s[1] for s in spent)}
+    report(f"{row}: profile", **totals, copies_ms=sum(s[0] for s in copies), copies=sum(s[1] for s in copies))
+    for ms, count, name in spent[:shown]:
+        report(f"  {name[:150]}", ms=ms, count=count)
 
 
 def teraflop(work: Callable[[], object]) -> float:
@@ -131,9 +176,7 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     every third clip: a frame of each side above a row over time.
     """
     device, dtype = choose_device_and_dtype("auto", "auto")
-    students = {name: load_student(name).to(device, dtype).eval() for name in args.weights}
-    for net in students.values():
-        net.to(memory_format=torch.channels_last)
+    students = {name: load_student(name).to(device).for_inference(dtype) for name in args.weights}
     judge = Judge(device)
     print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
     rows, panels = {}, []
@@ -218,7 +261,7 @@ def infer(args: Args) -> None:
     frames = 8 if ON_GPU else 2
     print(f"chunks of {frames} frames, {str(dtype)[6:]}, {machine()}")
     for name, (net, sizes) in nets.items():
-        net = net.to(DEVICE, dtype).to(memory_format=torch.channels_last).eval()
+        net = net.to(DEVICE).for_inference(dtype)
         for w, h in sizes:
             lr = torch.rand(1, frames, 3, h, w, device=DEVICE) * 2 - 1
             with torch.no_grad():
@@ -261,6 +304,91 @@ def as_process(code: str, *arguments, setup: str = "") -> tuple[float, float, fl
     return spent, before, after
 
 
+# ---- The network, with kernels.py and without --------------------------------------------------------------
+
+
+def random_student() -> AdcVSR:
+    """At random weights, also where training starts from zeros and ones."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        net = AdcVSR(**PRESETS["full" if ON_GPU else "tiny"] | {"pixel_skip": False}).requires_grad_(False)
+        for name, weight in net.named_parameters():
+            if "norm" in name:
+                weight.add_(torch.randn_like(weight), alpha=0.2)
+            elif ".temporal_" in name and "conv2" in name:
+                weight.normal_(std=0.02)
+    return net
+
+
+@torch.no_grad()
+def network(args: Args) -> None:
+    """A clip of 25x128x128, and eight frames in the middle of a stream, 480x270 -> 1080p."""
+    clip, hd, small = ((25, 128, 128), (8, 270, 480), (8, 64, 64)) if ON_GPU else ((2, 16, 16),) * 3
+    lr, lr_hd, lr_small = (torch.rand(1, t, 3, h, w, device=DEVICE) * 2 - 1 for t, h, w in (clip, hd, small))
+    print(f"bfloat16, {machine()}")
+    if ON_GPU:
+        a, big = torch.randn(8192, 8192, device=DEVICE).bfloat16(), torch.empty(2**30, device=DEVICE).char()
+        rates = {"TFLOP_per_s": 2 * 8.192**3 / seconds(lambda: a @ a) / 1e3}
+        report("the card's own rates", **rates, TB_per_s=2 * big.nbytes / 1e12 / seconds(big.clone))
+    torch.backends.cudnn.allow_tf32 = False
+    net, kernels.ENABLED = random_student(), False
+    exact = net(lr_small)
+    kernels.ENABLED = True
+    error = (net(lr_small) - exact).norm() / exact.norm()
+    report("kernels, in float32", error=error.item())
+    torch.backends.cudnn.allow_tf32 = True
+    net.for_inference(torch.bfloat16)
+    folded = {part: part.folded for part in net.modules() if isinstance(part, Upsample)}
+    state = Stream(net)
+    for _ in range(-(-(net.lag + 1) // hd[0]) + 1):  # until what goes in comes out
+        state.step(net.encode, lr_hd)
+
+    def chunk() -> None:
+        for _ in decoded(net, *state.step(net.encode, lr_hd), lr_hd.shape):
+            pass
+
+    def rung(name: str) -> None:
+        error = (net(lr_small) - exact).norm() / exact.norm()
+        same = torch.equal(net(lr_small), net(lr_small))
+        spent, peak = seconds(partial(net, lr), 5), peak_memory()
+        start = time.perf_counter()
+        net(lr)
+        launched = time.perf_counter() - start
+        report(f"clip, {name}", error=error.item(), same=same, s=spent, launched_s=launched, gb=peak)
+        spent = seconds(chunk, 3) / hd[0]
+        held = {"gb": peak_memory(), "queues_gb": state.nbytes() / 1e9}
+        report(f"stream, {name}", s_a_frame=spent, frames_per_s=1 / spent, **held)
+
+    for name, kernels.ENABLED, fold in (("torch", False, 0), ("kernels", True, 0), ("folded", True, 1)):
+        for part, weight in folded.items():
+            part.folded = weight if fold else None
+        attempt(name, partial(rung, name))
+    attempt("clip", partial(profile, "clip", partial(net, lr), 30))
+    attempt("stream", partial(profile, "stream", chunk))
+    for net.TAIL_FRAMES in (2, 8):
+        attempt("tail", partial(rung, f"tail of {net.TAIL_FRAMES} frames"))
+
+
+GPU = {  # table: seconds that it may take
+    "network": 90, "train1": 60, "train2": 80, "table1 --methods DOVE AdcVSR 'AdcSR, frame by frame'": 60,
+}  # fmt: skip
+
+
+def gpu(args: Args) -> None:
+    """Each table in a process of its own, so that what fails or hangs costs only itself."""
+    for table, limit in GPU.items():
+        start = time.perf_counter()
+        print(f"==== {table}", flush=True)
+        try:
+            command = [sys.executable, __file__, *shlex.split(table)]
+            status = subprocess.run(command, cwd=ROOT, timeout=limit if ON_GPU else None).returncode
+        except subprocess.TimeoutExpired:
+            status = "out of time"
+        print(f"==== status {status}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+# ---- Table 1 ----------------------------------------------------------------------------------------------
+
 # Paper: Table 1: parameters in billions, seconds.
 PAPER = {"DOVE": (10.55, 4.42), "SeedVR2": (8.24, 60.61), "AdcSR, frame by frame": (0.46, 0.52),
          "AdcSR, a batch": (0.46, 0.52), "AdcVSR": (0.57, 0.55)}  # fmt: skip
@@ -274,28 +402,31 @@ def table1(args: Args) -> dict[str, float]:
     print(f"{t}x{side}x{side} -> x4, {machine()}" + ("" if ON_GPU else "; seconds: of small twins"))
     print(f"{'':22} parameters   seconds  faster     paper: parameters, seconds, faster")
     for name, (billions, paper) in PAPER.items():
+        if args.methods and name not in args.methods:
+            continue
         make = {"DOVE": dove, "SeedVR2": seedvr2, "AdcVSR": adcvsr}.get(name, adcsr)
         with torch.device(DEVICE), torch.no_grad():
-            net = make(preset).to(DEVICE, torch.bfloat16).eval()
+            net = make(preset).to(DEVICE)
+            net = net.for_inference(torch.bfloat16) if isinstance(net, AdcVSR) else net.bfloat16().eval()
             pieces = lr.split(1 if name.endswith("frame by frame") else t, dim=1)
             spent[name] = seconds(lambda: [net(piece) for piece in pieces])  # noqa: B023
         with torch.device("meta"):  # where diffusers cannot be imported with torch 2.6: by now it is
             counted = make("full")
         counted = counted.net if name == "SeedVR2" else counted  # its VAE is not in the paper's number
         size = weights_of(counted) + T5 * (name == "DOVE")
-        ours = f"{size / 1e9:8.2f} B {spent[name]:9.3f} {spent['DOVE'] / spent[name]:6.1f}x"
-        print(
-            f"{name:22} {ours} {billions:18.2f} B {paper:8.2f} {PAPER['DOVE'][1] / paper:6.1f}x", flush=True
-        )
+        faster = f"{spent['DOVE'] / spent[name]:6.1f}x" if "DOVE" in spent else f"{'':7}"
+        ours = f"{size / 1e9:8.2f} B {spent[name]:9.3f} {faster}"
+        papers = f"{billions:18.2f} B {paper:8.2f} {PAPER['DOVE'][1] / paper:6.1f}x"
+        print(f"{name:22} {ours} {papers}", flush=True)
     return spent
 
 
 def adcsr(preset: str) -> AdcVSR:
-    return AdcVSR(**PRESETS[preset] | {"temporal": "none"}).to(memory_format=torch.channels_last)
+    return AdcVSR(**PRESETS[preset] | {"temporal": "none"})
 
 
 def adcvsr(preset: str) -> AdcVSR:
-    return AdcVSR(**PRESETS[preset]).to(memory_format=torch.channels_last)
+    return AdcVSR(**PRESETS[preset])
 
 
 def dove(preset: str) -> DoveTeacher:
@@ -328,8 +459,9 @@ def seedvr2(preset: str) -> SeedVR2Teacher:
 
 
 def train(script, args: Args) -> None:
-    """Three steps of a train script's `train_step` on one clip, whose teacher video comes from a cache."""
+    """Steps of a train script's `train_step` on one clip, whose teacher video comes from a cache."""
     cfg, size = (script.PRESETS["full"], "full") if ON_GPU else (script.PRESETS["smoke"], "tiny")
+    world = World(0, 1, torch.device(DEVICE))
     with torch.device(DEVICE):
         student = AdcVSR(**PRESETS[size] | {"pixel_skip": False})
         encoder, dists = feature_encoder(student), DISTS() if ON_GPU else DISTS.seeded()
@@ -337,26 +469,40 @@ def train(script, args: Args) -> None:
             new_discriminators(student, args) if script is train_stage2 else torch.nn.ModuleDict()
         )
     nets = [net.to(DEVICE) for net in (student, encoder, dists, discriminators)]
-    student.unet.checkpointing = True
     if ON_GPU:  # as the train scripts place them
-        student.to(memory_format=torch.channels_last)
-        for d in discriminators.values():
-            d.backbone.to(torch.bfloat16, memory_format=torch.channels_last)
+        for net in (encoder, *(d.backbone for d in discriminators.values())):
+            world.place_frozen(net)
     optimisers = [
-        torch.optim.Adam([{"params": net.parameters()}], lr=1e-7) for net in (student, discriminators)
+        torch.optim.Adam([{"params": net.parameters()}], lr=1e-7, fused=world.fused)
+        for net in (student, discriminators)
     ]
     judges = (discriminators, optimisers) if discriminators else optimisers[:1]
     clips = {k: torch.rand(1, cfg.frames, 3, cfg.size, cfg.size, device=DEVICE) for k in ("hr", "video")}
     clips |= {"lr": clips["hr"][..., ::SCALE, ::SCALE].contiguous(), "image": clips["hr"][:, :1]}
     clips |= {"random_images": clips["video"], "order": torch.arange(cfg.frames, device=DEVICE)[None].flip(1)}
-    world = World(0, 1, torch.device(DEVICE))
 
-    def step() -> None:
-        script.train_step([clips], student, None, encoder, dists, *judges, world, cfg)
+    def step() -> dict:
+        return script.train_step([clips], student, None, encoder, dists, *judges, world, cfg)
 
-    spent, work = seconds(step, 2), teraflop(step)
+    def row(checkpointing: str, name: str) -> None:
+        student.for_training(checkpointing, world.device)
+        for d in discriminators.values():
+            d.backbone.checkpointing = checkpointing in ("all", *["tail"] * (d.domain == "pixel"))
+        spent = seconds(step, 2)
+        losses = {k: float(v) for k, v in step().items() if "/" not in k}
+        report(f"{script.__name__}, {name}", s=spent, gb=peak_memory(), **losses)
+
     print(f"{script.__name__}, one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
     print(", ".join(f"{type(net).__name__} {weights_of(net) / 1e6:.4g} M" for net in nets))
+    if ON_GPU:
+        kernels.ENABLED = False
+        attempt("torch", lambda: row("all", "recomputing all, torch"))
+        kernels.ENABLED = True
+        attempt("tail", lambda: row("tail", "recomputing the tail"))
+        attempt("none", lambda: row("none", "recomputing nothing"))
+    row("all", "recomputing all")
+    attempt("profile", lambda: profile(script.__name__, step, 25))
+    spent, work = seconds(step, 1), teraflop(step)
     print(f"{spent:.3g} s a step, {work:.4g} TFLOP: {work / spent:.3g} TFLOP/s; peak {peak_memory():.1f} GB")
 
 
@@ -420,8 +566,8 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
 
 
 WORK = {
-    "quality": quality, "heads": heads, "infer": infer, "table1": table1,
-    "train1": partial(train, train_stage1), "train2": partial(train, train_stage2), "data": data,
+    "quality": quality, "heads": heads, "infer": infer, "network": network, "table1": table1,
+    "train1": partial(train, train_stage1), "train2": partial(train, train_stage2), "data": data, "gpu": gpu,
 }  # fmt: skip
 
 

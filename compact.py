@@ -75,7 +75,7 @@ class CompactVSR(Student):
         detail = per_frame(lambda x: F.pixel_shuffle(self.body[-1](x), SCALE), features)
         return 2 * detail.to(lr.dtype) + lr.repeat_interleave(SCALE, -2).repeat_interleave(SCALE, -1)
 
-    def for_training(self, checkpointing: bool, device: torch.device) -> None:
+    def for_training(self, checkpointing: str, device: torch.device) -> None:
         """As `AdcVSR.for_training`; its activations are few, and always kept."""
         self.to(memory_format=torch.channels_last)
 

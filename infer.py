@@ -36,7 +36,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from compact import load_student
 from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments, suffixed
 from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
-from runtime import UserError, ahead, explained, printable, run
+from runtime import UserError, ahead, explained, fast_dtype, printable, run
 from shots import AROUND, in_shots
 from stream import CONTEXT, in_windows, peak_gb, stream
 from video import (
@@ -293,7 +293,7 @@ def load_network(args: Args) -> Student:
         net = net.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here. Use --device cpu.") from error
-    return net.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net.for_inference(dtype)
 
 
 def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -304,11 +304,8 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
     if dtype == "auto":
-        dtype = "float32"
-        if device.startswith("cuda"):
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-        elif device == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"):
-            dtype = "bfloat16"  # an older torch does not tell
+        fast = fast_dtype(device)
+        return device, torch.float16 if device.startswith("cuda") and fast == torch.float32 else fast
     return device, getattr(torch, dtype)
 
 

@@ -4,16 +4,14 @@ Convolutions, linears and attention are a quarter of the student's time where ev
 torch's own operations: each of those reads and writes the whole tensor. Here they are
 
     norm_silu(x, norm, bias)         silu(norm(x + bias)), also backwards; group_norm: the same without SiLU
-    add_bias(y, bias, shortcut)      shortcut + y + bias, or relu(y + bias)
+    add_bias(y, bias, shortcut)      y + bias + shortcut, or relu(y + bias)
     geglu(x)                         a * gelu(gate), also backwards
     without_bias(layer, x)           a layer's output and its bias apart, which one of the above then adds
 
 computed in float32 and rounded once, the same numbers in every run. `fused` decides whether Triton's kernels
 run; elsewhere (CPU, MPS, no Triton) two plain lines of torch do, and say what the kernels compute.
 To a kernel a picture, channels-last in memory, is rows of c channels, one row for each position.
-`fold_upsampling` and `stack_linears` make layers cheaper at load time, exactly; they need no kernel.
-model.py does not call them yet: they equal torch's layers in Triton's interpreter and compile for Hopper, but
-have still to run on one (tests/test_kernels.py and tests/gpu_speed.py do, where there is one).
+`fold_upsampling` and `stack_linears` make layers cheaper, exactly; they need no kernel.
 """
 
 from __future__ import annotations
@@ -37,6 +35,8 @@ if find_spec("triton") and (torch.cuda.is_available() or INTERPRETED):
 else:
     triton, jit = None, lambda kernel: kernel
 
+ENABLED = True  # False: torch's own operations everywhere, to compare with
+
 TILE = 4096  # elements that a program works on at a time: 16 for each of its threads
 PROGRAMS = 1024  # that share a tensor, 8 for each of a big GPU's processors: enough loads in flight
 WARPS = 8
@@ -45,7 +45,8 @@ WARPS = 8
 def fused(x: Tensor, channels_axis: int = -3) -> bool:
     """Whether kernels run on x: on a GPU, with its channels next to each other in memory."""
     return (
-        triton is not None
+        ENABLED
+        and triton is not None
         and x.device.type == ("cpu" if INTERPRETED else "cuda")
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and x.movedim(channels_axis, -1).is_contiguous()
@@ -76,7 +77,8 @@ def normalised(x: Tensor, norm: nn.GroupNorm, bias: Tensor | None, silu: bool) -
             return Normalised.apply(x, norm.weight, norm.bias, bias, norm.num_groups, norm.eps, silu)
         out = like(x) if bias is None else x
         return normalise(x, norm.weight, norm.bias, bias, norm.num_groups, norm.eps, silu, out)[0]
-    y = norm(x if bias is None else x + bias[:, None, None])
+    x = x if bias is None else x + bias[:, None, None]
+    y = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(y) if silu else y
 
 
@@ -311,21 +313,29 @@ def gradient_rows(
 # Biases and residuals
 
 
-def without_bias(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """layer(x) and its bias apart, where a kernel adds it; else layer(x) and None. x (n c h w).
+def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A convolution of x (... c h w) and its bias apart, where a kernel adds it; else layer(x) and None.
 
     cuDNN adds no bias, and torch adds it in a pass of its own.
     """
-    if layer.bias is None or not fused(x):
+    if getattr(layer, "bias", None) is None or not fused(x):
         return layer(x), None
-    return F.conv2d(x, layer.weight, None, layer.stride, layer.padding), layer.bias
+    return layer._conv_forward(x, layer.weight, None), layer.bias
 
 
-def add_bias(y: Tensor, bias: Tensor | None, shortcut: Tensor | None = None, relu: bool = False) -> Tensor:
-    """shortcut + y + bias, then perhaps ReLU; y and shortcut (n c h w) or (b t c h w), bias (c).
+def add_bias(
+    y: Tensor,
+    bias: Tensor | None,
+    shortcut: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """y + bias + shortcut + its bias, then perhaps ReLU; y, shortcut (n c h w) or (b t c h w), biases (c).
 
     y is a convolution's output and has no other reader: without gradients it is overwritten.
     """
+    if shortcut_bias is not None:
+        bias = shortcut_bias if bias is None else bias + shortcut_bias
     if fused(y) and (shortcut is None or fused(shortcut) and shortcut.dtype == y.dtype):
         if tracked(y, bias, shortcut):
             return BiasAdded.apply(y, bias, shortcut, relu)

@@ -24,6 +24,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels import add_bias, fold_upsampling, geglu, group_norm, norm_silu, stack_linears, without_bias
 from runtime import UserError, explained
 
 SCALE = 4  # output size over input size
@@ -112,7 +113,7 @@ class TemporalConv(nn.Conv1d):
     def __init__(self, channels: int):
         super().__init__(channels, channels, kernel_size=3)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         h, w = x.shape[-2:]
         # As a 2D convolution over a picture of t rows and h*w columns: the same numbers, and no copy.
         rows, padding = rearrange(x, "b t c h w -> b t (h w) c"), (1, 0)
@@ -120,7 +121,7 @@ class TemporalConv(nn.Conv1d):
             rows, padding = self.stream.with_neighbours(self, rows), (0, 0)
             if rows.shape[1] < 3:
                 return x[:, :0]  # no frame has both neighbours yet
-        y = F.conv2d(channels_last(rows), self.weight[..., None], self.bias, padding=padding)
+        y = F.conv2d(channels_last(rows), weight[..., None], bias, padding=padding)
         return rearrange(y, "b c t (h w) -> b t c h w", h=h, w=w)
 
 
@@ -150,8 +151,9 @@ class TemporalBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(F.relu(self.conv1(x)))
-        return self.delay(x, y.shape[1]) + y
+        y, bias = without_bias(self.conv1, x)
+        y, bias = without_bias(self.conv2, add_bias(y, bias, relu=True))
+        return add_bias(y, bias, self.delay(x, y.shape[1]))
 
 
 class TemporalAttention(nn.Module):
@@ -203,11 +205,18 @@ TEMPORAL_KINDS = {
 # Space: the layers of SD2.1, frame by frame, under diffusers' parameter names
 
 
-def group_norm(channels: int, config: dict, eps: float) -> nn.GroupNorm:
-    """GroupNorm with groups that follow from the width: 24 for 240 and 720 channels, 32 for 480, 960, ..."""
-    return nn.GroupNorm(
-        next(g for g in GROUPS if g <= config["norm_groups"] and channels % g == 0), channels, eps
-    )
+# Where kernels.py has a faster way, a convolution's bias waits for what comes next: the norm, or the sum.
+
+
+class GroupNorm(nn.GroupNorm):
+    """x (n c h w). Its groups follow from the width: 24 for 240 and 720 channels, 32 for 480, 960, ..."""
+
+    def __init__(self, channels: int, config: dict, eps: float):
+        groups = next(g for g in GROUPS if g <= config["norm_groups"] and channels % g == 0)
+        super().__init__(groups, channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(x, self)
 
 
 class ResnetBlock(nn.Module):
@@ -215,16 +224,16 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, config: dict, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = group_norm(c_in, config, eps)
+        self.norm1 = GroupNorm(c_in, config, eps)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = group_norm(c_out, config, eps)
+        self.norm2 = GroupNorm(c_out, config, eps)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.conv_shortcut(x) + y
+        y, bias = without_bias(self.conv1, norm_silu(x, self.norm1))
+        y, bias = without_bias(self.conv2, norm_silu(y, self.norm2, bias))
+        return add_bias(y, bias, *without_bias(self.conv_shortcut, x))
 
 
 class SelfAttention(nn.Module):
@@ -241,9 +250,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not len(x):  # at a stream's start no frame has come this deep, and CUDA's kernels refuse none
             return x
-        q, k, v = (
-            rearrange(f(x), "n l (m d) -> n m l d", m=self.heads) for f in (self.to_q, self.to_k, self.to_v)
-        )
+        y = F.linear(x, *stack_linears(self.to_q, self.to_k, self.to_v))
+        q, k, v = rearrange(y, "n l (three m d) -> three n m l d", three=3, m=self.heads)
         # Softmax scale d^-0.5 of the pruned head (d = 48 at full size), as AdcSR's weights were trained with.
         x = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(rearrange(x, "n m l d -> n l (m d)"))
@@ -255,8 +263,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -290,7 +297,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, config: dict):
         super().__init__()
-        self.norm = group_norm(channels, config, eps=1e-6)
+        self.norm = GroupNorm(channels, config, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerLayer(channels, heads)])
         self.proj_out = nn.Linear(channels, channels)
@@ -307,7 +314,7 @@ class DecoderAttention(SelfAttention):
 
     def __init__(self, channels: int, config: dict):
         super().__init__(channels, heads=1, qkv_bias=True)
-        self.group_norm = group_norm(channels, config, eps=1e-6)
+        self.group_norm = GroupNorm(channels, config, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
@@ -325,12 +332,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Nearest x2, conv 3x3; x (n c h w). `fold` makes one transposed convolution of both, for inference."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.register_buffer("folded", None, persistent=False)  # a checkpoint never has it
+
+    def fold(self) -> None:
+        self.folded = fold_upsampling(self.conv.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if self.folded is None:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return add_bias(F.conv_transpose2d(x, self.folded, stride=2, padding=1), self.conv.bias)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -433,7 +448,7 @@ class UNet(nn.Module):
             skips = [c_skips.pop() for _ in range(self.LAYERS + 1)]
             self.up_blocks.append(UpBlock(c, skips, width, attention, heads, i < last, config))
             c = width
-        self.conv_norm_out = group_norm(c, config, eps=1e-5)
+        self.conv_norm_out = GroupNorm(c, config, eps=1e-5)
         self.conv_out = nn.Conv2d(c, config["decoder_channels"][-1], 3, padding=1)
 
     def forward(self, x: Tensor, conv_in: nn.Module | None = None) -> Tensor:
@@ -451,7 +466,7 @@ class UNet(nn.Module):
 
     def out(self, x: Tensor) -> Tensor:
         """x (n c h/2 w/2) of SD's first width -> of the decoder's."""
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(x, self.conv_norm_out))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -492,12 +507,13 @@ class HalfDecoder(nn.Module):
     def __init__(self, config: dict):
         super().__init__()
         widths = config["decoder_channels"][::-1]
+        self.checkpointing = False
         self.mid_block = DecoderMidBlock(widths[0], config)
         self.up_blocks = nn.ModuleList(
             DecoderUpBlock(c_in, c_out, i < len(widths) - 1, config)
             for i, (c_in, c_out) in enumerate(zip([widths[0]] + widths, widths))
         )
-        self.conv_norm_out = group_norm(widths[-1], config, eps=1e-6)
+        self.conv_norm_out = GroupNorm(widths[-1], config, eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def tail(self, features: Tensor) -> Tensor:
@@ -508,7 +524,7 @@ class HalfDecoder(nn.Module):
             features = features.contiguous()
         for block in self.up_blocks:
             features = block(features)
-        return self.conv_out(F.silu(self.conv_norm_out(features)))
+        return self.conv_out(norm_silu(features, self.conv_norm_out))
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -525,6 +541,13 @@ class Student(nn.Module, PyTorchModelHubMixin):
     def lag(self) -> int:
         """Frames that a stream holds back: one for each temporal convolution, all on one path."""
         return sum(isinstance(m, TemporalConv) for m in self.modules())
+
+    def for_inference(self, dtype: torch.dtype) -> "Student":
+        """In place, where it is: frozen, in this dtype and in the layout in which its layers are fast."""
+        for part in self.modules():
+            if isinstance(part, Upsample) and part.conv.weight.is_cuda:
+                part.fold()  # before rounding. Not on a CPU, whose transposed convolutions are slow
+        return self.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, **options):
         """Writes the folder that `from_pretrained` reads."""
@@ -603,7 +626,7 @@ class AdcVSR(Student):
     def decode(self, features: Tensor, lr: Tensor) -> Tensor:
         """f_S (b t c h/2 w/2) and its frames (b t 3 h w) -> sr (b t 3 4h 4w), `TAIL_FRAMES` at a time."""
         parts = zip(frames(features).split(self.TAIL_FRAMES), lr.flatten(0, 1).split(self.TAIL_FRAMES))
-        sr = [maybe_checkpoint(self.unet.checkpointing, self.tail, *part) for part in parts]
+        sr = [maybe_checkpoint(self.decoder.checkpointing, self.tail, *part) for part in parts]
         return torch.cat(sr).unflatten(0, lr.shape[:2])
 
     def tail(self, features: Tensor, lr: Tensor) -> Tensor:
@@ -611,9 +634,9 @@ class AdcVSR(Student):
         sr = self.decoder.tail(features).to(lr.dtype)
         return sr + bicubic(lr) if self.pixel_skip else sr
 
-    def for_training(self, checkpointing: bool, device: torch.device) -> None:
-        """In place: where the backward pass recomputes activations, and the layout in memory."""
-        self.unet.checkpointing = checkpointing
+    def for_training(self, checkpointing: str, device: torch.device) -> None:
+        """In place: what the backward pass recomputes, "all", the "tail" alone or "none"; and the layout."""
+        self.unet.checkpointing, self.decoder.checkpointing = checkpointing == "all", checkpointing != "none"
         # On a CPU, normalising wide frames with few channels is ten times slower in channels-last.
         (self if device.type == "cuda" else self.unet).to(memory_format=torch.channels_last)
 

@@ -23,7 +23,7 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -186,8 +186,23 @@ def freeze(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the hardware computes in it: CUDA from Ampere, CPUs with AMX or AVX512-BF16. Without,
+    it is slower than float32, by far."""
+    kind, fast = torch.device(device).type, False
+    if kind == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        can = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+        fast = can.get("amx_bf16") or can.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
 # ------------------------------------------------------------------------------------------------------
 # Process group and seeds
+
+
+BUCKET = 300e6  # bytes of gradients that travel together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +216,23 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 for what is safe in it, where that is fast; float32 elsewhere."""
+        fast = fast_dtype(self.device) == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=fast)
+
+    @property
+    def fused(self) -> bool:
+        """Whether an optimiser should update all weights in one kernel."""
+        return self.device.type == "cuda"
+
+    def place_frozen(self, net: nn.Module) -> nn.Module:
+        """net, in place, on the device and in its fast dtype. Only for what never changes: there nothing is
+        lost to rounding step by step."""
+        if self.device.type == "cuda":
+            net.to(memory_format=torch.channels_last)
+        return net.to(self.device, fast_dtype(self.device))
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """The values averaged over all processes."""
@@ -231,11 +263,22 @@ class World:
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces each gradient by its mean over all processes. Said once a step, after every backward pass,
         where DistributedDataParallel would have to be told which of several passes is the last."""
-        if self.size > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            for work in [dist.all_reduce(g, async_op=True) for g in gradients]:
-                work.wait()
-            torch._foreach_div_(gradients, self.size)
+        if self.size == 1:
+            return
+        buckets, room, sent = [], 0, []
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            if room <= 0:
+                buckets.append([])
+                room = BUCKET
+            buckets[-1].append(gradient)
+            room -= gradient.nbytes
+        for bucket in buckets:  # one message for each: there are hundreds of gradients, most of them small
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        for bucket, flat, message in sent:
+            message.wait()
+            parts = flat.div_(self.size).split([g.numel() for g in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -279,7 +322,8 @@ class Settings:
     steps: int = 200_000        # optimiser steps                                     Paper: Sec. 4.1
     every: int = 1000           # steps from one checkpoint, with a look at held-out clips, to the next
     seed: int = 0               # of the initial weights, of the data and of every random draw
-    checkpointing: bool = True  # recompute activations in the backward pass to save memory
+    # what is computed again in the backward pass, to save memory: see docs/performance.md
+    checkpointing: Literal["none", "tail", "all"] = "all"
     workers: int = 8            # processes that load data, for each training process
     dry_run: bool = False       # do three steps, say what training costs, and leave nothing behind
 # fmt: on
@@ -408,6 +452,12 @@ class Run:
             print(f"{where} | {changes(cfg)}", flush=True)
 
     @property
+    def speaks(self) -> bool:
+        """Whether this step ends with a line of the log."""
+        cfg = self.cfg
+        return self.step % max(1, cfg.every // LINES) == 0 or self.step == cfg.steps or cfg.dry_run
+
+    @property
     def due(self) -> bool:
         """Whether there is a checkpoint after this step."""
         return not self.cfg.dry_run and (self.step % self.cfg.every == 0 or self.step == self.cfg.steps)
@@ -425,7 +475,8 @@ class Run:
                 # A resumed run draws what it would have drawn.
                 torch.manual_seed(hash((cfg.seed, self.step, self.world.rank)))
                 yield self.step, batch
-                stopping = self.world.any(self.stop)  # asked of one process, done by all
+                # Asked of one process, done by all; they wait for each other, so not at every step.
+                stopping = (self.world.size == 1 or self.speaks) and self.world.any(self.stop)
                 if self.due or (stopping and not cfg.dry_run):
                     self.save()
                 if stopping:
@@ -474,15 +525,19 @@ class Run:
         """
         cfg, step = self.cfg, self.step
         for name, value in losses.items():
-            if not math.isfinite(value):
-                way_out = "The last checkpoint is kept; try a lower learning rate."
-                raise UserError(f"step {step}: {name} is {float(value)}. {way_out}")
-            self.totals[name] += float(value)
+            self.totals[name] += value
         self.count += 1
-        if step % max(1, cfg.every // LINES) and step != cfg.steps and not cfg.dry_run:
+        if not self.speaks:
             return {}
+        # A GPU is waited for here alone, once a line.
+        totals = torch.stack([torch.as_tensor(total) for total in self.totals.values()]).tolist()
+        means = {name: total / self.count for name, total in zip(self.totals, totals)}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                way_out = "The last checkpoint is kept; try a lower learning rate."
+                raise UserError(f"step {step}: {name} is {mean}. {way_out}")
         spent = time.perf_counter() - self.since
-        means = self.world.mean({name: total / self.count for name, total in self.totals.items()})
+        means = self.world.mean(means)
         more = {"lr": self.optimiser.param_groups[0]["lr"], "steps_per_s": self.count / spent}
         more |= {"data_wait": self.waited / spent, "gb": peak_memory()}
         self.write(means | more)

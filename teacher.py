@@ -391,7 +391,8 @@ class FeatureEncoder(nn.Module):
         Sides that are no multiples of 64 are padded up to them, as the student pads its LR to 16.
         """
         x = pad_to_multiple(rearrange(clip, "b t c h w -> (b t) c h w"), SCALE * AdcVSR.MULTIPLE)
-        f = torch.cat([self.encode(frames) for frames in x.to(self.conv_in.weight.dtype).split(self.FRAMES)])
+        with torch.autocast(x.device.type, enabled=False):  # all of it is in one type already
+            f = torch.cat([self.encode(y) for y in x.to(self.conv_in.weight.dtype).split(self.FRAMES)])
         return rearrange(f, "(b t) c h w -> b t c h w", b=len(clip))
 
     def encode(self, x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the value of full
     "lambda_r":     (100.0,         100.0),
     "shift":        (1.0,           1.0),
     "lr_aux":       (3e-4,          3e-4),
-    "checkpointing": (False,        False),
+    "checkpointing": ("none",       "none"),
     "every":        (100,           2),
     "workers":      (1,             0),
     "out":          ("runs/tiny/onestep", "runs/smoke/onestep"),
@@ -438,7 +438,7 @@ def new_networks(cfg: Config) -> dict[str, nn.Module]:
         half = cfg.network != "tiny" and name != "ema"
         nets[name].requires_grad_(False).to(torch.bfloat16 if half else torch.float32)
     for part in (part for net in nets.values() for part in net.modules() if isinstance(part, NaDiT)):
-        part.checkpointing = cfg.checkpointing
+        part.checkpointing = cfg.checkpointing != "none"
     return nets
 
 

@@ -78,7 +78,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "steps":          (None,     1500,          4200,          12),
     "lr":             (None,     5e-4,          3e-4,          3e-4),
     "halve_at":       (None,     (900, 1200, 1350), (3060, 3450, 3750, 3950, 4070, 4150), ()),
-    "checkpointing":  (None,     False,         False,         None),
+    "checkpointing":  (None,     "none",        "none",        None),
     "every":          (None,     200,           200,           6),
     "workers":        (None,     1,             2,             0),
     "out":            (None,     None,          None,          "runs/smoke/stage1"),
@@ -105,7 +105,7 @@ def train_step(
     for clips in map(to_inputs, batch):
         share = len(clips["lr"]) / total
         x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
-        with torch.autocast(world.device.type, torch.bfloat16):
+        with world.autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
 
@@ -165,10 +165,11 @@ def main(cfg: Config) -> None:
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
     anchors = load_anchors(cfg, dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
-    nets = (student, encoder, dists, anchors)
-    student, encoder, dists, anchors = (net and net.to(world.device) for net in nets)
+    nets = (student, dists, anchors)
+    student, dists, anchors = (net and net.to(world.device) for net in nets)
+    encoder = encoder and world.place_frozen(encoder)
     student.for_training(cfg.checkpointing, world.device)
-    optimiser = torch.optim.Adam(by_rate(student, cfg.lr_2d))
+    optimiser = torch.optim.Adam(by_rate(student, cfg.lr_2d), fused=world.fused)
     # data
     clips = training_clips(cfg, stage=1)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates

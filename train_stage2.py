@@ -16,7 +16,6 @@ The same command again resumes; Ctrl-C saves first; --dry-run says what it costs
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from functools import partial
 from os import environ
 from pathlib import Path
 from typing import Literal
@@ -109,7 +108,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "size":           (None,      128,           160,          64),
     "batch":          (None,      2,             2,            2),
     "steps":          (None,      1000,          2000,         6),
-    "checkpointing":  (None,      False,         False,        None),
+    "checkpointing":  (None,      "none",        "none",       None),
     "every":          (None,      200,           200,          3),
     "workers":        (None,      1,             2,            0),
     "out":            (None,      None,          None,         "runs/smoke/stage2"),
@@ -133,7 +132,6 @@ def train_step(
     discriminators: name -> D; optimisers: the student's, the discriminators'. Returns the losses and scores
     by name.
     """
-    autocast = partial(torch.autocast, world.device.type, torch.bfloat16)
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
@@ -142,7 +140,7 @@ def train_step(
         # The student's step: judged by discriminators that hold still.
         discriminators.requires_grad_(False)
         x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
-        with autocast():
+        with world.autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
             seen = {name: d.look(x_s) if d.domain == "pixel" else f_s for name, d in discriminators.items()}
@@ -169,10 +167,10 @@ def train_step(
             clips["video"] = x_t  # Paper: Table 7
         for name, d in discriminators.items():
             see, terms[f"disc_{name}"] = d.look if d.domain == "pixel" else encoder, 0.0
-            with autocast():
+            with world.autocast():
                 types = five_clips(seen.pop(name), see, clips)  # Paper: Eq. 5
             for kind, label in asked(cfg.labels, d.heads).items():
-                with autocast():
+                with world.autocast():
                     scores = d(types.pop(kind))
                     l_disc = discriminator_loss(scores, label)  # Paper: Eq. 4
                 (share * l_disc).backward()
@@ -251,11 +249,11 @@ def new_discriminators(cfg: Config, student: Student) -> nn.ModuleDict:
     discriminators = nn.ModuleDict()
     for domain in cfg.domains if cfg.lambda_adv else ():
         for suffix, split in heads.items():
-            shape = {"heads": split, "checkpointing": cfg.checkpointing}
             if domain == "pixel":
-                d = PixelDiscriminator.from_pretrained(cfg.backbone, shift=cfg.shift, **shape)
+                shape = {"checkpointing": cfg.checkpointing != "none", "shift": cfg.shift}
+                d = PixelDiscriminator.from_pretrained(cfg.backbone, heads=split, **shape)
             else:
-                d = FeatureDiscriminator(student.unet, **shape)
+                d = FeatureDiscriminator(student.unet, heads=split, checkpointing=cfg.checkpointing == "all")
             discriminators[domain + suffix] = d
     return discriminators
 
@@ -271,16 +269,16 @@ def main(cfg: Config) -> None:
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
     anchors = load_anchors(cfg, dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
-    nets = (student, encoder, dists, anchors)
-    student, encoder, dists, anchors = (net and net.to(world.device) for net in nets)
+    student, dists, anchors = (net and net.to(world.device) for net in (student, dists, anchors))
+    encoder = encoder and world.place_frozen(encoder)
     discriminators.to(world.device)
-    if world.device.type == "cuda":
+    if world.device.type == "cuda":  # on a CPU autocast alone
         for d in discriminators.values():
-            # Frozen, so nothing is lost to rounding step by step.
-            d.backbone.to(torch.bfloat16, memory_format=torch.channels_last)
+            world.place_frozen(d.backbone)
     student.for_training(cfg.checkpointing, world.device)
-    optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
-    optimiser_disc = torch.optim.Adam([{"params": discriminators.parameters()}], lr=cfg.lr_disc)
+    optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr, fused=world.fused)
+    groups = [{"params": discriminators.parameters()}]
+    optimiser_disc = torch.optim.Adam(groups, lr=cfg.lr_disc, fused=world.fused)
     # data
     clips = training_clips(cfg, stage=2, real_types=len(discriminators) > 0)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates

@@ -26,7 +26,7 @@ from kernels import (
     stack_linears,
     without_bias,
 )
-from model import PRESETS, AdcVSR
+from model import PRESETS, AdcVSR, ResnetBlock, TemporalBlock, TransformerBlock, Upsample
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETED else "cpu"
@@ -324,7 +324,39 @@ def test_a_layer_without_its_bias_and_the_bias_added_are_the_layer():
 
 
 # ------------------------------------------------------------------------------------------------------
-# Layers made cheaper at load time
+# In the network
+
+NORMS = {"norm_groups": 4}
+BLOCKS = {
+    "resnet": lambda: ResnetBlock(24, 24, NORMS),
+    "resnet that widens": lambda: ResnetBlock(24, 48, NORMS),
+    "transformer": lambda: TransformerBlock(24, 2, NORMS),
+    "upsampling": lambda: Upsample(24),
+    "temporal": lambda: TemporalBlock(24),
+}
+
+
+@by_kernels
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_with_kernels_and_their_gradients_equal_blocks_without(name, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    block = BLOCKS[name]().to(DEVICE).to(memory_format=torch.channels_last)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x = picture(1, 3, 24, 6, 4) if name == "temporal" else picture(2, 24, 6, 4)
+    results = []
+    for enabled in (False, True):
+        monkeypatch.setattr(kernels, "ENABLED", enabled)
+        given = [x.detach().requires_grad_(), *block.parameters()]
+        y = block(given[0])
+        with torch.no_grad():
+            assert error(block(x), y) < 2e-6
+        results.append([y.detach(), *torch.autograd.grad(y.square().mean(), given)])
+    assert all(error(ours, reference) < 2e-5 for reference, ours in zip(*results))
+
+
+# ------------------------------------------------------------------------------------------------------
+# Layers made cheaper
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 4)])

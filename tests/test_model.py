@@ -49,9 +49,16 @@ UNEVEN = dict(SMALL, unet_channels=[16, 32, 48, 48], heads=[1, 2, 3, 3], decoder
 NORMS = {"norm_groups": 2}  # what a single block reads of the config
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(autouse=True)
-def same_numbers_every_time():
+def same_numbers_every_time(monkeypatch):
+    """Of one seed, on the GPU where there is one, and there in all of float32's bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
+    with torch.device(DEVICE):
+        yield
 
 
 def awake(net: nn.Module) -> nn.Module:
@@ -408,14 +415,55 @@ def test_zeroing_both_temporal_convs_would_stop_training_and_zeroing_the_last_do
 def test_activation_checkpointing_changes_neither_output_nor_gradients(temporal):
     net, lr = awake(AdcVSR(**{**SMALL, "temporal": temporal})).double(), clip(b=2, t=3, dtype=torch.float64)
     results = []
-    for checkpointing in (False, True):
-        net.unet.checkpointing = checkpointing
+    for checkpointing in ("none", "tail", "all"):
+        net.for_training(checkpointing, torch.device(DEVICE))
         net.zero_grad()
         sr, features = net(lr, return_features=True)
         (sr.square().mean() + features.abs().mean()).backward()
         results.append([sr.detach(), *(p.grad.clone() for p in net.parameters())])
-    for plain, recomputed in zip(*results):
-        assert distance(plain, recomputed) < 1e-12
+    for plain, *others in zip(*results):
+        assert all(distance(plain, recomputed) < 1e-12 for recomputed in others)
+
+
+def test_each_kind_of_checkpointing_keeps_less_for_the_backward_pass_than_the_one_before():
+    net, kept = AdcVSR(**SMALL), []
+
+    def count(x):
+        kept[-1] += x.nbytes
+        return x
+
+    for checkpointing in ("none", "tail", "all"):
+        net.for_training(checkpointing, torch.device(DEVICE))
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            net(clip(t=3, h=32, w=32)).mean()
+    assert kept[0] > 1.5 * kept[1] > 3 * kept[2]
+
+
+# Folded for inference
+
+
+@torch.no_grad()
+def test_a_folded_network_is_the_same_and_its_file_too(tmp_path):
+    """Upsampling folded into its convolution: nothing but rounding changes, and no file has it."""
+    net, lr = awake(AdcVSR(**UNEVEN)), clip(h=17, w=31)
+    before, keys = net(lr), net.state_dict().keys()
+    for part in net.modules():
+        if isinstance(part, model.Upsample):
+            part.fold()
+    assert distance(net(lr), before) < 2e-5 and not torch.equal(net(lr), before)
+    assert net.state_dict().keys() == keys
+    net.save_pretrained(tmp_path)
+    assert distance(AdcVSR.from_pretrained(tmp_path).to(DEVICE)(lr), before) < 1e-6
+
+
+@torch.no_grad()
+def test_a_network_for_inference_is_frozen_and_the_same_up_to_rounding():
+    net, lr = awake(AdcVSR(**UNEVEN)), clip()
+    before = net(lr)
+    assert distance(net.for_inference(torch.float32)(lr), before) < 2e-5
+    assert not any(p.requires_grad for p in net.parameters()) and not net.training
+    assert net.for_inference(torch.bfloat16)(lr).isfinite().all()
 
 
 # Files
@@ -664,7 +712,7 @@ def test_no_convolution_of_a_clip_or_of_a_training_step_has_to_copy_its_input(b,
     with torch.no_grad(), Convolutions() as convolutions:
         net(lr)
     convolutions.assert_dense_channels_last()
-    net.unet.checkpointing = True
+    net.for_training("all", torch.device("cuda"))  # its layout, wherever it runs
     with Convolutions() as convolutions:
         net(lr).square().mean().backward()
     convolutions.assert_dense_channels_last()

@@ -419,12 +419,12 @@ def test_scores_are_shown_and_a_second_run_adds_to_the_log(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_named(tmp_path, value):
-    training = start(Training(str(tmp_path)))
-    for step, _ in training.steps(lambda done: range(3)):
-        if step == 3:
-            with pytest.raises(UserError, match=f"^step 3: pixel is {value}"):
-                training.log({"loss": torch.tensor(1.0), "pixel": torch.tensor(value)})
+def test_a_value_that_is_not_finite_is_named_with_the_next_line_of_the_log(tmp_path, value):
+    training, pixel = start(Training(str(tmp_path), every=400)), {2: value}  # a line every 4 steps
+    with pytest.raises(UserError, match=f"^step 4: pixel is {value}"):
+        for step, _ in training.steps(lambda done: range(9)):
+            training.log({"loss": torch.tensor(1.0), "pixel": torch.tensor(pixel.get(step, 1.0))})
+    assert not (tmp_path / "log.jsonl").read_text()
 
 
 def test_a_dry_run_measures_three_steps_and_leaves_nothing(tmp_path, capsys):

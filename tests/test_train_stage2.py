@@ -46,7 +46,7 @@ from video import read_clip, to_clip, to_network
 ROOT = Path(train_stage2.__file__).parent
 STUDENT = MICRO | {"pixel_skip": False}
 NARROW = {"heads": (12, 4)}
-SMALL = {"frames": 2, "size": 64, "batch": 2, "every": 100, "checkpointing": False}
+SMALL = {"frames": 2, "size": 64, "batch": 2, "every": 100, "checkpointing": "none"}
 HEADS = ("detail", "consistency")
 
 
@@ -87,18 +87,18 @@ def train_pt(folder: Path) -> dict:
 # ----------------------------------------------------------------- one step
 
 
-def networks(dtype: torch.dtype = torch.float64, checkpointing: bool = False) -> tuple:
+def networks(dtype: torch.dtype = torch.float64, checkpointing: str = "none") -> tuple:
     """student, encoder, dists, discriminators, each the same every time."""
     torch.manual_seed(0)
     student = stirred(AdcVSR(**STUDENT))
-    options = NARROW | {"checkpointing": checkpointing}
+    options = NARROW | {"checkpointing": checkpointing == "all"}
     judges = nn.ModuleDict(
         {
             "pixel": PixelDiscriminator.from_pretrained("tiny", **options),
             "feature": FeatureDiscriminator(student.unet, **options),
         }
     )
-    student.unet.checkpointing = checkpointing
+    student.unet.checkpointing = student.decoder.checkpointing = checkpointing == "all"
     return tuple(
         net.to(dtype) for net in (student, FeatureEncoder.seeded(student.config), DISTS.seeded(), judges)
     )
@@ -180,7 +180,7 @@ def losses_by_hand(nets: tuple, clips: dict, table: list, cfg: Config) -> tuple[
     ("changes", "table"),
     [
         ({}, EQUATION_5),
-        ({"lambda_adv": 0.3, "lambda_feature": 0.5, "checkpointing": True}, EQUATION_5),
+        ({"lambda_adv": 0.3, "lambda_feature": 0.5, "checkpointing": "all"}, EQUATION_5),
         ({"labels": "single"}, ONE_HEAD),
         ({"labels": "three_types"}, NO_3_AND_5),
         ({"labels": "detailed_video", "real_video": "teacher"}, VIDEO_DETAIL),
@@ -194,7 +194,7 @@ def test_a_step_is_equations_1_to_5(changes, table):
     student's adversarial loss in the discriminators'.
     """
     cfg, clips = replace(PRESETS["smoke"], **changes), clips_of()
-    nets = networks(checkpointing=changes.get("checkpointing", False))
+    nets = networks(checkpointing=changes.get("checkpointing", "none"))
     by_hand, l_disc = losses_by_hand(nets, clips, table, cfg)
     student, judges = nets[0], nets[3]
     expected = [
