@@ -1,5 +1,5 @@
-"""train_onestep.py, onestep.py, sharding.py: losses with a known answer, who learns when, the order of the stages
-in a two-dimensional world, and runs of every stage that end alike whatever happens to them."""
+"""train_onestep.py, onestep.py, sharding.py: losses by known answers, who learns when, the order of stages
+in two dimensions, and runs of every stage that end alike whatever happens to them."""
 
 import json
 import math
@@ -946,6 +946,7 @@ def learnt(world, sharded: bool) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_with_sharded_networks_learn_what_one_learns_without(tmp_path, monkeypatch):
     monkeypatch.setattr(train_onestep, "torch", torch)  # put back afterwards
     alone = learnt(WORLD, sharded=False)
