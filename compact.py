@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
+from metrics import dis_flow, dists_loss, in_frame, unoccluded, warp
 from model import (
     SCALE,
     AdcVSR,
@@ -28,7 +30,7 @@ from model import (
     read_pickle,
     require_shapes,
 )
-from runtime import explained
+from runtime import UserError, explained, freeze
 
 REALESRGAN = Path(__file__).parent / "weights" / "realesr-general-x4v3.pth"  # the 2D start, half precision
 
@@ -88,11 +90,64 @@ class CompactVSR(Student):
         return net
 
 
-def load_student(folder_or_id: str | Path) -> Student:
-    """The student in a folder or under a hub id: of the class that its `config.json` names, `AdcVSR` if none.
+# ------------------------------------------------------------------------------------------------------
+# Its recipe: two terms beside those of Eq. 2
 
-    Raises `WeightsError`.
+
+class Anchors(nn.Module):
+    """What keeps the small student sharp and steady while it learns from HR, added to Eq. 2's terms.
+
+    Choice: not in the paper, whose students learn from a video teacher. HR in its place says neither how much
+    detail a frame can bear, which the 2D network knows, nor that what was made up must stay from frame to
+    frame: two heads alone left twice HR's flicker.
     """
+
+    def __init__(self, dists: nn.Module, lambda_2d: float, lambda_warp: float):
+        super().__init__()
+        self.dists, self.lambda_2d, self.lambda_warp = dists, lambda_2d, lambda_warp
+        self.frame_by_frame = freeze(CompactVSR.from_realesrgan())
+
+    def forward(self, x_s: Tensor, clips: dict[str, Tensor]) -> Tensor:
+        """x_s (b t 3 4h 4w); clips: its lr (b t 3 h w) and hr, all in [-1, 1]. Returns ()."""
+        term = x_s.new_zeros(())
+        if self.lambda_2d:
+            term = term + self.lambda_2d * dists_loss(self.dists, x_s, self.frame_by_frame(clips["lr"]))
+        if self.lambda_warp:
+            term = term + self.lambda_warp * warping_loss(x_s, clips["hr"])
+        return term
+
+
+def load_anchors(cfg, dists: nn.Module | None) -> Anchors | None:
+    """The anchors that a training asks for (`lambda_2d`, `lambda_warp`), None if none. Raises `UserError`."""
+    if not (cfg.lambda_2d or cfg.lambda_warp):
+        return None
+    if cfg.lambda_2d and not dists:
+        raise UserError("--lambda-2d: the distance is measured by --dists, which is none")
+    return Anchors(dists, cfg.lambda_2d, cfg.lambda_warp)
+
+
+def warping_loss(x_s: Tensor, hr: Tensor) -> Tensor:
+    """Mean L1 between each frame of x_s (b t 3 h w) and the next one, moved back along HR's motion: ()."""
+
+    def neighbours(clip: Tensor) -> list[Tensor]:
+        return [rearrange(part, "b t c h w -> (b t) c h w") for part in (clip[:, :-1], clip[:, 1:])]
+
+    first, second = neighbours(hr / 2 + 0.5)
+    forward, backward = dis_flow(first, second), dis_flow(second, first)
+    mask = unoccluded(forward, backward) & in_frame(forward)
+    now, after = neighbours(x_s.float())
+    return (mask * (warp(after, forward.float()) - now)).abs().mean()
+
+
+# ------------------------------------------------------------------------------------------------------
+
+
+def load_student(folder_or_id: str | Path) -> Student:
+    """The student in a folder or under a hub id: of the class that its `config.json` names, `AdcVSR` if none;
+    from a .pth file, Real-ESRGAN's small network, frame by frame. Raises `WeightsError`.
+    """
+    if str(folder_or_id).endswith(".pth"):
+        return CompactVSR.from_realesrgan(folder_or_id)
     way_out = "Give a folder with config.json and model.safetensors, or a hub id."
     with explained(f"{folder_or_id}: cannot load a student", way_out, WeightsError):
         inside = Path(folder_or_id) / "config.json"

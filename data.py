@@ -36,6 +36,7 @@ from torch import Tensor
 
 from degrade import SCALE, degrade, one_thread
 from runtime import UserError, World, complete, explained
+from shots import in_shots
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, read_clip, to_clip, to_network
 
 # Choice: all of these; the paper says neither how clips and crops are drawn nor how photos are used.
@@ -45,6 +46,7 @@ MOVING_SHARE = 0.75  # of those, the share seen by a moving camera
 SHRINK = 0.5  # crops are shrunk by up to this: it hides the compression of the source
 FLAT = 2.5  # mean step between neighbouring pixels, in grey levels, below which a crop is too flat
 CROPS = 8  # crops tried to find one that is not
+STARTS = 8  # windows of a video tried to find one without a cut
 PAN = 3 + 3j  # pixels a frame that a camera drifts along x and y, at most
 SWING = 0.004 + 0.004j  # log scale a frame that it zooms, radians a frame that it turns, at most
 FINER = 2  # moving crops are drawn on a finer grid and averaged, which keeps them equally sharp everywhere
@@ -188,7 +190,12 @@ def walk(folder: Path, times: dict[str, int]) -> Iterator[str]:
     def refuse(error: OSError):
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=refuse):
+    seen = set()  # a symbolic link may lead back
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (here := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(here)
         times[place] = os.stat(place).st_mtime_ns
         folders[:] = [name for name in folders if name[0] != "." and name not in NOT_HR]
         inside = os.path.relpath(place, folder)
@@ -234,17 +241,21 @@ def random_crop(clip: np.ndarray, size: int, rng: Generator) -> np.ndarray:
 
 
 def video_clip(path: Path, frames: int, size: int, rng: Generator) -> np.ndarray:
-    """(t size size 3) uint8: `frames` consecutive frames of a video, from a random one on, cropped."""
+    """(t size size 3) uint8: `frames` consecutive frames of one shot of a video, at random, cropped."""
     with VideoReader(path) as reader:
-        there = max(frames, reader.frames or 0)  # so the header says, and headers are often wrong
-        while there >= frames:
+        there, cuts = max(frames, reader.frames or 0), 0  # so the header says, and headers are often wrong
+        while there >= frames and cuts < STARTS:
             start = int(rng.integers(there - frames + 1))
             reader.start = reader.time_of(start)
-            clip = [frame.rgb for frame in islice(reader, frames)]
-            if len(clip) == frames:
-                return random_crop(np.stack(clip), size, rng)
-            there = start + len(clip)
-    raise DataError(f"{path}: {there} frames decode, {frames} are needed")
+            clip = list(islice(reader, frames))
+            if len(clip) < frames:
+                there = start + len(clip)
+            elif any(shot for shot, _ in in_shots(clip)):
+                cuts += 1
+            else:
+                return random_crop(np.stack([frame.rgb for frame in clip]), size, rng)
+    found = f"a cut in each of {cuts} windows" if cuts == STARTS else f"{there} frames decode"
+    raise DataError(f"{path}: {found}, {frames} frames are needed")
 
 
 def smooth_path(frames: int, step: complex, rng: Generator) -> np.ndarray:
@@ -368,9 +379,9 @@ class TrainingClips(torch.utils.data.Dataset):
                 if files is self.videos:
                     clip = video_clip(path, frames, self.size, rng)
                 elif frames > 1 and rng.random() < MOVING_SHARE:
-                    clip = moving_crop(read_clip(path)[0], frames, self.size, rng)
+                    clip = moving_crop(read_clip(path, 0, 1)[0], frames, self.size, rng)
                 else:
-                    clip = np.repeat(random_crop(read_clip(path), self.size, rng), frames, axis=0)
+                    clip = np.repeat(random_crop(read_clip(path, 0, 1), self.size, rng), frames, axis=0)
                 across, down, transposed = rng.random(3) < 0.5  # flips, alike in all frames
                 clip = clip[:, :: -1 if down else 1, :: -1 if across else 1]
                 return np.ascontiguousarray(clip.swapaxes(1, 2) if transposed else clip)
@@ -442,7 +453,7 @@ def held_out_clips(cfg, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
             if path.suffix.lower() in VIDEO_SUFFIXES:
                 hr = video_clip(path, cfg.frames, cfg.size, generator(key, PAIR))
             else:
-                hr = moving_crop(read_clip(path)[0], cfg.frames, cfg.size, generator(key, PAIR))
+                hr = moving_crop(read_clip(path, 0, 1)[0], cfg.frames, cfg.size, generator(key, PAIR))
             clips.append((path.stem, hr, degrade(hr, generator(key, DEGRADE))))
     for seed in range(0 if clips else count):
         hr = procedural_clip(generator(seed), cfg.frames, (cfg.size, cfg.size)).frames

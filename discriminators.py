@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from metrics import efficientnet_lite0
+from metrics import efficientnet_lite
 from model import UNSHUFFLE, AdcVSR, TemporalConv, UNet, frames, maybe_checkpoint, pad_to_multiple, per_frame
 from runtime import explained, freeze
 
@@ -222,7 +222,7 @@ class PixelDiscriminator(nn.Module):
         """Through `convnext(name)` or, light enough for a CPU, efficientnet_lite0, which takes [-1, 1] as it
         is; options as in the constructor."""
         if name == "efficientnet_lite0":
-            return cls(efficientnet_lite0(), normalisation=((0.5,) * 3, (0.5,) * 3), **options)
+            return cls(efficientnet_lite(), normalisation=((0.5,) * 3, (0.5,) * 3), **options)
         return cls(convnext(name), **options)
 
     def look(self, clip: Tensor) -> Tensor:

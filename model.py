@@ -11,14 +11,16 @@ A clip stays (b t c h w) from end to end. Spatial layers see its frames one by o
 `TemporalConv` looks at neighbours in time. `stream.py` takes clips of any length through it, in chunks.
 """
 
-from contextlib import redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import HfApi, PyTorchModelHubMixin, hf_hub_download, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -638,6 +640,36 @@ class AdcVSR(Student):
         tail = {f"decoder.{k}": v for k, v in tail.items() if f"decoder.{k}" in own}
         net.load_state_dict(net.state_dict() | tail | {ours: state[k] for k, ours in theirs.items()})
         return net
+
+
+ADCSR = "Guaishou74851/AdcSR"  # AdcSR's repository on the hub
+ADCSR_FILES = ("net_params_200.pkl", "halfDecoder.ckpt")
+ADCSR_LICENCE = "OpenRAIL++-M, as Stable Diffusion's, of which it is a part"
+
+
+def adcsr_files(named: Sequence[str]) -> tuple[Path, Path]:
+    """AdcSR's two official files: those named, or from the hub repository named, fetched once and kept in the
+    hub's cache. In the repository they are found by their names alone. Raises `WeightsError`."""
+    if len(named) == 2:
+        return Path(named[0]), Path(named[1])
+    if len(named) > 2:
+        raise WeightsError(f"--adcsr: give {' and '.join(ADCSR_FILES)}, or nothing to fetch them")
+    repository = named[0] if named else ADCSR
+    way_out = f"Connect once, or give the two files: --adcsr {' '.join(ADCSR_FILES)}"
+    with explained(f"AdcSR's weights from the hub's {repository}: cannot be fetched", way_out, WeightsError):
+        patterns = [f"*{name}" for name in ADCSR_FILES]
+        with suppress(LocalEntryNotFoundError):
+            folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+            here = [path for name in ADCSR_FILES for path in folder.rglob(name)]
+            if len(here) == 2:
+                return tuple(here)
+        there = HfApi().model_info(repository, files_metadata=True).siblings
+        wanted = {name: f for name in ADCSR_FILES for f in there if Path(f.rfilename).name == name}
+        if missing := set(ADCSR_FILES) - set(wanted):
+            raise WeightsError(f"{repository}: no {', '.join(sorted(missing))} in it. {way_out}")
+        gb = sum(f.size or 0 for f in wanted.values()) / 1e9
+        print(f"fetching AdcSR, {gb:.2g} GB, from {repository}. Licence: {ADCSR_LICENCE}", flush=True)
+        return tuple(Path(hf_hub_download(repository, wanted[name].rfilename)) for name in ADCSR_FILES)
 
 
 def maybe_checkpoint(on: bool, function, *args):

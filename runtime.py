@@ -7,6 +7,7 @@ Admission test: a line that mentions a frame, a latent, a label or a loss belong
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import os
@@ -63,14 +64,53 @@ def optional(module: str) -> ModuleType:
         raise ImportError(f"{module} cannot be imported, {reason}") from error
 
 
+def printable(text: object) -> str:
+    """The text on one line: file names may hold line breaks and control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+class Said(io.TextIOWrapper):
+    """stdout or stderr as a program of hours needs them: what they cannot show is escaped, and once their
+    reader is gone, what is said goes nowhere."""
+
+    def write(self, text: str) -> int:
+        with self.or_nowhere():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.or_nowhere():
+            super().flush()
+
+    @contextmanager
+    def or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
+def speak_anywhere() -> None:
+    """Makes sys.stdout and sys.stderr `Said`; where they were closed, what is said goes nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))
+        elif stream is getattr(sys, f"__{name}__"):  # not what a test or a notebook has put there
+            flushed = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+            said = Said(stream.detach(), stream.encoding, "backslashreplace", **flushed)
+            setattr(sys, name, said)
+
+
 def run(main: Callable[[], None]) -> None:
     """main(), a `UserError` shown as one line with exit status 2, Ctrl-C with 130; other errors are bugs."""
+    speak_anywhere()
     try:
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -85,7 +125,8 @@ def complete(path: Path) -> Iterator[Path]:
     """A place for a file or a folder that becomes `path` once the block has ended well: nobody ever sees half
     of it, not even after a power cut. Raises OSError where it cannot be written."""
     # As short as it is, it fits wherever the final name does; it is the same after a kill, and found again.
-    partial = path.with_name(f".partial-{hashlib.sha256(path.name.encode()).hexdigest()[:8]}{path.suffix}")
+    suffix = path.suffix if len(path.suffix) < 12 else ""  # in a folder's name that may be any part of it
+    partial = path.with_name(f".partial-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{suffix}")
     try:
         remove(partial)
         yield partial
@@ -94,7 +135,7 @@ def complete(path: Path) -> Iterator[Path]:
                 with open(file, "r+b") as handle:  # Windows syncs only what is open for writing
                     os.fsync(handle.fileno())
         if path.is_dir():
-            shutil.rmtree(path)
+            remove(path)
         os.replace(partial, path)
     finally:
         remove(partial)
@@ -201,6 +242,15 @@ class World:
             dist.barrier()
 
 
+def shared_store() -> tuple[dist.Store, int, int]:
+    """Names and numbers that all processes of a torchrun see, this one's rank, and how many there are."""
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 0, 1
+    store, rank, size = next(dist.rendezvous("env://"))
+    # torchrun keeps its store over restarts: under one name, a new start reads the dead one's addresses.
+    return dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank, size
+
+
 def init_world() -> World:
     """Joins torchrun's process group (NCCL on GPUs, gloo on CPUs); without torchrun a world of one."""
     device = torch.device("cpu")
@@ -208,11 +258,9 @@ def init_world() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://"))
-        # torchrun keeps its store over restarts: under one name, a new start reads the dead one's addresses.
-        attempt = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, size = shared_store()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=attempt, rank=rank, world_size=size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), device)
     return World(0, 1, device)

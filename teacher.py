@@ -23,7 +23,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data import NOISE, generator
-from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple, read_half_decoder
+from model import (
+    ADCSR,
+    LATENTS,
+    SCALE,
+    AdcVSR,
+    DecoderMidBlock,
+    HalfDecoder,
+    adcsr_files,
+    pad_to_multiple,
+    read_half_decoder,
+)
 from model import PRESETS as STUDENTS
 from runtime import UserError, explained, freeze
 from seedvr2 import NaDiT, VideoVAE, restore
@@ -43,7 +53,7 @@ class Teacher:
 
     teacher: str = "weights/DOVE"  # a DOVE or SeedVR2 folder, gt (HR itself), or another's results   Table 4
     teacher_cache: str = ""        # clips and teacher videos made before by cache.py
-    adcsr: tuple[str, ...] = ("weights/net_params_200.pkl", "weights/halfDecoder.ckpt")  # AdcSR's two files
+    adcsr: tuple[str, ...] = (ADCSR,)  # AdcSR's hub repository, or its two files
     vae: str = VAE                 # SD2.1's VAE, for the feature targets: a folder, a hub id, or seeded
 # fmt: on
 
@@ -444,4 +454,4 @@ def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:
     width, ours = (c["decoder_channels"][-1] for c in (STUDENTS["full"], student.config))
     if width != ours:
         raise TeacherError(f"features of {ours} channels, AdcSR's have {width}: {WITHOUT_FEATURES}")
-    return FeatureEncoder.from_pretrained(cfg.vae, cfg.adcsr[1])
+    return FeatureEncoder.from_pretrained(cfg.vae, adcsr_files(cfg.adcsr)[1])

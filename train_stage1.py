@@ -5,8 +5,7 @@
                             |                                           '-- encoder ---|
                             '--teacher (DOVE, once and cached, or on the way) ---------'
 
-    torchrun --nproc_per_node=8 train_stage1.py --teacher PATH_TO_DOVE \\
-             --adcsr net_params_200.pkl halfDecoder.ckpt                    the paper's recipe
+    torchrun --nproc_per_node=8 train_stage1.py --teacher PATH_TO_DOVE      the paper's recipe
     python train_stage1.py --preset tiny --videos FOLDER --images FOLDER    two CPU cores, after
              python cache.py --preset tiny --videos FOLDER --images FOLDER
     python train_stage1.py --preset smoke                                   the whole path, a minute, no files
@@ -24,10 +23,10 @@ from torch import Tensor
 
 import model
 from cache import training_clips
-from compact import CompactVSR
+from compact import CompactVSR, load_anchors
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from metrics import dists_loss, load_dists, validate
-from model import AdcVSR, Student
+from model import AdcVSR, Student, TemporalAttention, TemporalBlock, adcsr_files
 from runtime import Run, Settings, init_world, parse, presets, require_positive, run
 from teacher import Teacher, load_encoder, load_teacher
 
@@ -45,8 +44,11 @@ class Config(Settings, Teacher, Data):
     dists: Literal["pretrained", "seeded", "efficientnet_lite0", "none"] = "pretrained"        # Paper: Eq. 2
     lr: float = 1e-4                        # Adam, halved after each of halve_at              Paper: Sec. 4.1
     halve_at: tuple[int, ...] = (100_000,)  # steps                                            Paper: Sec. 4.1
+    lr_2d: float = 1.0                      # the rate of all but temporal blocks, as a share of lr
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
     lambda_feature: float = 1.0             # weight of the feature losses                     Paper: Eq. 1
+    lambda_2d: float = 0.0                  # compact: of the distance to its 2D network, in Eq. 2
+    lambda_warp: float = 0.0                # compact: of the flicker along HR's motion, in Eq. 2
 
 
 LITE = "efficientnet_lite0"
@@ -64,14 +66,18 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "vae":            (None,     None,          None,          "seeded"),
     "dists":          (None,     LITE,          "none",        "seeded"),
     "lambda_feature": (None,     0.0,           0.0,           None),
+    # the new blocks learn fast and the pretrained network slowly, sharp and steady by two terms of their own
+    "lr_2d":          (None,     0.1,           None,         None),
+    "lambda_2d":      (None,     1.0,           None,         None),
+    "lambda_warp":    (None,     0.5,           None,         None),
     "procedural":     (None,     0.1,           0.1,           1.0),
     "frames":         (None,     6,             6,             4),
     "size":           (None,     128,           192,           64),
-    "batch":          (None,     2,             6,             2),
-    "micro_batch":    (None,     2,             6,             None),
-    "steps":          (None,     2000,          4200,          12),
-    "lr":             (None,     None,          3e-4,          3e-4),
-    "halve_at":       (None,     (1200, 1600),  (3060, 3450, 3750, 3950, 4070, 4150), ()),
+    "batch":          (None,     1,             6,             2),
+    "micro_batch":    (None,     None,          6,             None),
+    "steps":          (None,     1500,          4200,          12),
+    "lr":             (None,     5e-4,          3e-4,          3e-4),
+    "halve_at":       (None,     (900, 1200, 1350), (3060, 3450, 3750, 3950, 4070, 4150), ()),
     "checkpointing":  (None,     False,         False,         None),
     "every":          (None,     200,           200,           6),
     "workers":        (None,     1,             2,             0),
@@ -85,12 +91,14 @@ LOOKS = 8  # held-out clips that are looked at
 # One step
 
 
-def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -> dict[str, Tensor]:
+def train_step(
+    batch, student, teacher, encoder, dists, optimiser, world, cfg, anchors=None
+) -> dict[str, Tensor]:
     """One update of the student. Paper: Algorithm 1, stage 1; Eq. 1-3 without the adversarial terms.
 
     batch: micro-batches of clips: lr (b t 3 h w), hr, index and, from a cache, target (b t 3 4h 4w);
-    teacher: x_L, index -> x_T; encoder: x -> f; dists: (x, x) -> (); each may be None. Returns the losses by
-    name, means over the clips of all micro-batches.
+    teacher: x_L, index -> x_T; encoder: x -> f; dists: (x, x) -> (); anchors: compact's; each may be None.
+    Returns the losses by name, means over the clips of all micro-batches.
     """
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
     optimiser.zero_grad(set_to_none=True)
@@ -104,14 +112,27 @@ def train_step(batch, student, teacher, encoder, dists, optimiser, world, cfg) -
             pixel = F.l1_loss(x_s, x_t)  # Paper: Eq. 2
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)  # Paper: Eq. 3
-            loss = cfg.lambda_pixel * (pixel + perceptual) + cfg.lambda_feature * feature  # Paper: Eq. 1
+            also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
+            l_pixel = pixel + perceptual + also
+            loss = cfg.lambda_pixel * l_pixel + cfg.lambda_feature * feature  # Paper: Eq. 1
         (share * loss).backward()
         terms = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
+        terms |= {"anchors": also} if anchors else {}
         for name, value in terms.items():
             losses[name] += share * value.detach()
     world.average_gradients(student.parameters())
     optimiser.step()
     return losses
+
+
+def by_rate(student: Student, lr_2d: float) -> list[dict]:
+    """Adam's groups: the temporal blocks, and all other weights at `lr_2d` of their rate."""
+    blocks = [m for m in student.modules() if isinstance(m, (TemporalBlock, TemporalAttention))]
+    temporal = [p for block in blocks for p in block.parameters()]
+    new = set(map(id, temporal))
+    pretrained = [p for p in student.parameters() if id(p) not in new]
+    groups = {"params": temporal, "share": 1.0}, {"params": pretrained, "share": lr_2d}
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, cfg: Config) -> float:
@@ -130,7 +151,7 @@ def new_student(cfg: Config) -> Student:
     kind = "temporal_kind" if cfg.temporal in ("double", "attention") else "temporal"
     changes = {kind: cfg.temporal, "pixel_skip": cfg.pixel_skip}
     if cfg.adcsr:
-        return AdcVSR.from_adcsr(*cfg.adcsr, **changes)
+        return AdcVSR.from_adcsr(*adcsr_files(cfg.adcsr), **changes)
     return AdcVSR(**model.PRESETS[cfg.student] | changes)
 
 
@@ -142,10 +163,12 @@ def main(cfg: Config) -> None:
     # networks
     student = new_student(cfg)
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
+    anchors = load_anchors(cfg, dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
-    student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
+    nets = (student, encoder, dists, anchors)
+    student, encoder, dists, anchors = (net and net.to(world.device) for net in nets)
     student.for_training(cfg.checkpointing, world.device)
-    optimiser = torch.optim.Adam(student.parameters(), lr=cfg.lr)
+    optimiser = torch.optim.Adam(by_rate(student, cfg.lr_2d))
     # data
     clips = training_clips(cfg, stage=1)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates
@@ -153,9 +176,9 @@ def main(cfg: Config) -> None:
     training = Run(cfg, world, student, optimiser)
     for step, batch in training.steps(lambda done: loader(clips, done, cfg, world)):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, cfg)
+            group["lr"] = group["share"] * learning_rate(step, cfg)
         parts = micro_batches(batch, cfg.micro_batch, world.device)
-        training.log(train_step(parts, student, teacher, encoder, dists, optimiser, world, cfg))
+        training.log(train_step(parts, student, teacher, encoder, dists, optimiser, world, cfg, anchors))
         if held_out and training.due:
             training.note(**validate(student, teacher, held_out, training.out / "pictures", step))
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cache import training_clips
-from compact import load_student
+from compact import load_anchors, load_student
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from discriminators import (
     BACKBONE,
@@ -79,6 +79,8 @@ class Config(Settings, Teacher, Data):
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
     lambda_feature: float = 1.0             # weight of the feature losses                     Paper: Eq. 1
     lambda_adv: float = 1.0                 # weight of the adversarial losses in both         Paper: Eq. 2, 3
+    lambda_2d: float = 0.0                  # compact: of the distance to its 2D network, in Eq. 2
+    lambda_warp: float = 0.0                # compact: of the flicker along HR's motion, in Eq. 2
 
 
 LIGHT, LITE = "convnext_base.clip_laion2b", "efficientnet_lite0"  # for a small card, for a CPU
@@ -98,6 +100,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "vae":            (None,      None,          None,         "seeded"),
     "dists":          (None,      LITE,          "none",       "seeded"),
     "lambda_feature": (None,      0.0,           0.0,          None),
+    "lambda_warp":    (None,      0.5,           None,         None),
     "lambda_adv":     (None,      0.005,         0.01,         None),
     "lr_disc":        (None,      1e-4,          1e-3,         1e-3),
     "halve_at":       (None,      (700,),        (1600,),      ()),
@@ -122,12 +125,13 @@ LOOKS = 8  # held-out clips that are looked at
 
 
 def train_step(
-    batch, student, teacher, encoder, dists, discriminators, optimisers, world, cfg
+    batch, student, teacher, encoder, dists, discriminators, optimisers, world, cfg, anchors=None
 ) -> dict[str, Tensor]:
     """One update of the student, then one of the discriminators. Paper: Algorithm 1, stage 2; Eq. 1-5.
 
-    batch, teacher, encoder, dists: as in stage 1, and in the clips what `five_clips` takes; discriminators:
-    name -> D; optimisers: the student's, the discriminators'. Returns the losses and scores by name.
+    batch, teacher, encoder, dists, anchors: as in stage 1, and in the clips what `five_clips` takes;
+    discriminators: name -> D; optimisers: the student's, the discriminators'. Returns the losses and scores
+    by name.
     """
     autocast = partial(torch.autocast, world.device.type, torch.bfloat16)
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
@@ -149,12 +153,14 @@ def train_step(
             adv = {"pixel": torch.zeros_like(pixel), "feature": torch.zeros_like(pixel)}
             for name, d in discriminators.items():
                 adv[d.domain] = adv[d.domain] + adversarial_loss(d(seen[name]))
-            l_pixel = pixel + perceptual + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
+            also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
+            l_pixel = pixel + perceptual + also + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
             l_feature = feature + cfg.lambda_adv * adv["feature"]  # Paper: Eq. 3
             loss = cfg.lambda_pixel * l_pixel + cfg.lambda_feature * l_feature  # Paper: Eq. 1
         (share * loss).backward()
         terms = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}
         terms |= {f"adv_{domain}": value for domain, value in adv.items()}
+        terms |= {"anchors": also} if anchors else {}
 
         # The discriminators' step, on the student's clip as it was. One type of clip after the other: all at
         # once, they would not fit on a card.
@@ -263,8 +269,10 @@ def main(cfg: Config) -> None:
     student = load_student(cfg.init)
     discriminators = new_discriminators(cfg, student)  # with the UNet of stage 1
     encoder, dists = load_encoder(cfg, student), load_dists(cfg.dists)
+    anchors = load_anchors(cfg, dists)
     teacher = None if cfg.teacher_cache else load_teacher(cfg.teacher, world.device, seed=cfg.seed)
-    student, encoder, dists = (net and net.to(world.device) for net in (student, encoder, dists))
+    nets = (student, encoder, dists, anchors)
+    student, encoder, dists, anchors = (net and net.to(world.device) for net in nets)
     discriminators.to(world.device)
     if world.device.type == "cuda":
         for d in discriminators.values():
@@ -283,7 +291,8 @@ def main(cfg: Config) -> None:
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         parts = micro_batches(batch, cfg.micro_batch, world.device)
-        losses = train_step(parts, student, teacher, encoder, dists, discriminators, optimisers, world, cfg)
+        judges = (discriminators, optimisers, world, cfg, anchors)
+        losses = train_step(parts, student, teacher, encoder, dists, *judges)
         means = training.log(losses)
         if means and world.is_main:
             print_scores(means, discriminators)

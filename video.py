@@ -1,6 +1,7 @@
 """A clip on disk, read and written as streams. All that knows containers, codecs and colour matrices is here.
 
-    video | folder of frames | image  --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
+    video | animation | folder of frames | image (stills.py)
+                                      --VideoReader-->  Frame(rgb (h w 3) uint8, time in seconds)
     rgb (h w 3) uint8, time           --VideoWriter-->  H.264 video | folder of PNGs | PNG
                                   --ResumableWriter-->  the same in segments, which survive an interruption,
                                                         joined without encoding again, and the source's sound
@@ -12,6 +13,7 @@ sets are uint8 RGB, networks take [-1, 1]; `to_network` and `to_uint8` are the o
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import math
@@ -19,14 +21,15 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
-from itertools import chain, dropwhile, islice
+from functools import cached_property, partial
+from itertools import accumulate, chain, dropwhile, islice, pairwise
 from pathlib import Path
+from statistics import median
 
 import av
 import numpy as np
@@ -35,21 +38,32 @@ from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from filelock import FileLock, Timeout
+from PIL import Image
 from torch import Tensor
 
-from runtime import UserError, complete, explained, remove
+from runtime import complete, explained, remove
+from stills import IMAGE_SUFFIXES, VideoError, animation, as_rgb, is_moving, opened, profile, to_srgb
 
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+VIDEO_SUFFIXES = {
+    ".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".vob", ".wmv",
+    ".flv", ".3gp", ".ogv",
+}  # fmt: skip
 SEGMENT_SUFFIX = ".nut"  # FFmpeg's own container keeps any time exactly; MP4's start at zero, Matroska rounds
 VIDEO_FORMATS = {  # what H.264 is written to
     ".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", SEGMENT_SUFFIX: "nut",
 }  # fmt: skip
 SEGMENT = 96  # Choice: frames a segment, some seconds of video, which an interruption can cost
+ONE_FOLDER = "Use one folder per clip."
 FOLDER_RATE = Fraction(25)  # Choice: frames in a folder carry no rate, and a video of them needs one
 COMMON_RATES = [Fraction(n * 1000, 1001) for n in (24, 30, 60)] + [Fraction(n) for n in (24, 25, 30, 50, 60)]
 RATE_PACKETS = 240  # packets looked at to tell a constant rate from a variable one
+JUMP = 10  # Choice: frames by which a clock may run ahead of the rate; beyond, it is another clock
+PREROLL = Fraction(1, 10)  # seconds, more than any codec needs to hear before what is to be heard
+PAUSE = 60  # Choice: seconds that a frame of a variable rate may last
+LONGEST_NAME = 255  # bytes
+LOCK = ".lock"  # in the folder of segments
+TS_DISCONT = 0x200  # FFmpeg's flag of containers whose clock may jump: AVFMT_TS_DISCONT
 REORDERED = 16  # H.264 and HEVC show a frame at most this many places from where it is stored
 X264_REORDERED = 2  # x264 with its default B-frames: the number of places by which decoding runs ahead
 MAX_TIMESCALE = 10_000_000  # clock ticks a second; a sample's length in MP4 has 32 bits
@@ -65,15 +79,18 @@ PYAV = int(av.__version__.partition(".")[0])
 FOREIGN_TEXT = {"metadata_errors": "replace"} if PYAV < 19 else {}
 
 MATRICES = {1, 4, 5, 6, 7, 9}  # matrix coefficients that swscale converts, numbers of ITU-T H.273
+# Tags that speak of the file, not of the film.
+OF_THE_FILE = re.compile(
+    "encoder|software|com.android|major_brand|minor_version|compatible_brands|duration|bps|number_of_|_statistics|handler_name|"
+    "vendor_id|alpha_mode|filename|mimetype",
+    re.IGNORECASE,
+)
+TRACK_TAGS = ("title", "language")
 BT709 = 1  # H.273: the same number for matrix, primaries and transfer
 HDR_MATRIX = 9 if PYAV >= 18 else BT709  # H.273: that of BT.2020; PyAV 17 takes it for BT.601 where it writes
 HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # H.273
 # swscale's default darkens coloured photos by 0.9 to 1.4 levels; with both flags their mean is exact to 0.04.
 ACCURATE = 0x4 | 0x40000 | 0x2000  # SWS_BICUBIC, _ACCURATE_RND, _FULL_CHR_H_INT: PyAV names them from 18 on
-
-
-class VideoError(UserError):
-    """A clip that cannot be read or written. The message is the one line the user sees."""
 
 
 def to_network(rgb: Tensor) -> Tensor:
@@ -106,36 +123,17 @@ def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple
     return tuple(slice(start, start + b) for start, b in zip(starts, part))
 
 
-# --- stills ---------------------------------------------------------------------------------------------
+OURS = re.compile(r"\d{6,}\.png")  # frames in a folder that we wrote
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is of a file manager, and nobody's data."""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini")
 
 
 def _natural(path: Path) -> list[str | int]:
     """Sort key under which 2.png comes before 10.png."""
     return [int(s) if s.isdecimal() else s.lower() for s in re.split(r"(\d+)", path.name)]
-
-
-@contextmanager
-def _open_image(path: Path, name: str) -> Iterator[Image.Image]:
-    with explained(f"{name}: corrupt image or none at all", "Replace it.", VideoError):
-        with Image.open(path) as image:
-            yield image
-
-
-def _image_size(path: Path, name: str) -> tuple[int, int]:
-    """(width, height) as shown, from the header alone."""
-    with _open_image(path, name) as image:
-        # EXIF orientations 5 to 8 lie on their side. Asking a PNG without EXIF for it would decode it whole.
-        turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5
-        return image.size[::-1] if turned else image.size
-
-
-def _read_image(path: Path, name: str) -> np.ndarray:
-    """(h w 3) uint8, upright as its EXIF says, alpha dropped."""
-    with _open_image(path, name) as stored:
-        image = ImageOps.exif_transpose(stored)
-        if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip, not scale
-            image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-        return np.array(image.convert("RGB"))
 
 
 # --- reader ---------------------------------------------------------------------------------------------
@@ -149,10 +147,11 @@ class Frame:
     time: Fraction
 
 
-def _open_container(path: Path, name: str) -> InputContainer:
+def _open_container(path: Path, name: str, **options: str) -> InputContainer:
     try:
         # "file:" tells colons in names from protocols; the whitelist keeps playlists off the network.
-        return av.open(f"file:{path}", options={"protocol_whitelist": "file"}, **FOREIGN_TEXT)
+        options = {"protocol_whitelist": "file"} | options
+        return av.open(f"file:{path}", container_options=options, **FOREIGN_TEXT)
     except PermissionError as error:
         raise VideoError(f"{name}: no permission to read it") from error
     except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -180,27 +179,73 @@ def _seconds(stream: VideoStream) -> Fraction:
     return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3]) if tag else Fraction(0)
 
 
+def _matroska_is_cut(path: Path) -> bool:
+    """Whether a Matroska file (mkv, webm) is shorter than it says of itself: FFmpeg does not tell."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    at = header.find(b"\x18\x53\x80\x67") + 4  # the id of the segment, which is all of the file
+    if not header.startswith(b"\x1a\x45\xdf\xa3") or at < 4:
+        return False
+    length = 9 - header[at].bit_length()  # of its size, in bytes: the zeros in front of the first one
+    size = int.from_bytes(header[at : at + length], "big") & (mask := 2 ** (7 * length) - 1)
+    return size != mask and at + length + size > path.stat().st_size  # all ones: a live recording
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, ...]:
+    """(a, b, c, d): pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    a, b, _, c, d, *_ = np.frombuffer(data, "=i4").tolist() if data else (1, 0, 0, 0, 1)
+    return a, b, c, d
+
+
+def _cropping(stream: VideoStream, width: int, height: int) -> tuple[slice, slice]:
+    """Rows and columns that the container wants to be shown; PyAV 17 does not tell."""
+    data = getattr(stream.codec_context, "coded_side_data", {}).get("frame_cropping", bytes(16))
+    top, bottom, left, right = np.frombuffer(data, "=u4").tolist()
+    rows, columns = slice(top, height - bottom), slice(left, width - right)
+    there = top + bottom < height and left + right < width
+    return (rows, columns) if there else (slice(None), slice(None))
+
+
+def _upright(rgb: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
+    """The frame (h w 3) turned and mirrored: of the eight ways the one nearest to the matrix."""
+    a, b, c, d = matrix
+    if _on_its_side(matrix):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
+
+
+def _on_its_side(matrix: tuple[int, ...]) -> bool:
+    a, b, c, d = matrix
+    return abs(b) + abs(c) > abs(a) + abs(d)
+
+
 class VideoReader:
-    """A video (mp4, mkv, mov, webm, avi, ...), a folder of frames in natural order, or one image: a stream.
+    """A video (mp4, mkv, mov, webm, avi, ts, ...), a folder of frames in natural order, an animation (gif,
+    webp, png, avif) or one image: a stream.
 
     Opening decodes one frame, so what cannot be read raises VideoError here. Iterating yields Frames from
     `start` seconds on, as often as asked, once at a time; damage met on the way becomes a note at its end.
 
-    kind                 "video" | "folder" | "image"
+    kind                 "video" | "folder" | "animation" | "image"
     width, height        of the upright frame
     rate, constant_rate  frames a second, or their mean; whether every frame lies on the grid n / rate
     frames               expected number in the whole clip, for progress bars; None if unknown
+    skip                 frames from `start` on that iterating passes over, which costs less than showing them
     tick, start_time     seconds: the unit of the file's clock, and the first frame's time on it
-    aspect, hdr          width of a pixel by its height; H.273 (matrix, primaries, transfer); None if ordinary
+    shifts               seconds from the file's clock to the clip's: another one after each jump of it
+    aspect, hdr, icc     width of a pixel by its height; H.273 (matrix, primaries, transfer); colour profile;
+                         each None if ordinary
     notes                lines for the user
     """
 
     def __init__(self, path: str | Path, start: float | Fraction = 0.0):
         self.path, self.start = Path(path), Fraction(start)
         self.name = (self.path.name or str(self.path)) + "/" * self.path.is_dir()
-        self.rate, self.constant_rate, self.frames = FOLDER_RATE, True, None
+        self.rate, self.constant_rate, self.frames, self.skip = FOLDER_RATE, True, None, 0
         self.tick = self.start_time = Fraction(0)
-        self.aspect, self.hdr = None, None
+        self.shifts = [Fraction(0)]
+        self.aspect, self.hdr, self.icc = None, None, None
         self.notes: list[str] = []
         self._container: InputContainer | None = None
         self._reformatter = VideoReformatter()
@@ -222,9 +267,10 @@ class VideoReader:
 
     def time_of(self, index: int) -> Fraction:
         """Presentation time of frame `index`, counted from 0, in seconds."""
-        if self.kind != "video" or self.constant_rate:
+        if self.constant_rate:
             return index / self.rate
-        times = sorted(self._packet_times(*self._open(), None))
+        moving = self.kind == "video"
+        times = sorted(self._packet_times(*self._open(), None)) if moving else self._times
         return times[index] - self.start_time if index < len(times) else times[-1] - self.start_time + 1
 
     def _note(self, text: str) -> None:
@@ -233,28 +279,52 @@ class VideoReader:
 
     def _probe_images(self) -> None:
         files = [self.path] if self.kind == "image" else sorted(self.path.iterdir(), key=_natural)
-        self._files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+        self._files = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(f.name)]
         if not self._files:
-            raise VideoError(f"{self.name}: no frames in this folder (looked for png, jpg, webp, bmp)")
-        self.frames = len(self._files)
-        self.height, self.width = self._image(0).shape[:2]
-        for i, file in enumerate(self._files):
-            if (size := _image_size(file, self._image_name(i))) != (self.width, self.height):
-                found = f"{file.name} is {size[0]}x{size[1]}, expected {self.width}x{self.height}"
-                raise VideoError(f"{self.name}: {found}. Use one folder per clip.")
-        with Image.open(self._files[0]) as image:
+            raise VideoError(f"{self.name}: no frames in this folder (looked for png, jpg, webp, bmp, ...)")
+        with self._image(0) as image:
+            self.height, self.width = as_rgb(image).shape[:2]
+            self.icc, durations = profile(image), []
             if image.has_transparency_data:
                 self._note("alpha channel dropped")
+            if self.kind == "image" and is_moving(image):
+                self.kind, durations = "animation", [seconds for _, seconds in animation(image)]
+                self.rate, self.tick = len(durations) / sum(durations), Fraction(1, 1000)
+                self.constant_rate = len(set(durations)) == 1
+        self.frames = len(durations) or len(self._files)
+        self._times = [0, *accumulate(durations)][:-1] or [n / self.rate for n in range(self.frames)]
+        self._require_one_size()
 
-    def _image_name(self, i: int) -> str:
-        return self.name + self._files[i].name if self.kind == "folder" else self.name
+    def _require_one_size(self) -> None:
+        """VideoError where frames of a folder differ in size; whether they lie on their side shows when they
+        are read: EXIF may stand behind the picture."""
+        others = []
+        for i, file in enumerate(self._files):
+            with self._image(i) as image:
+                if sorted(image.size) != sorted((self.width, self.height)):
+                    others.append(f"{file.name} is {image.width}x{image.height}")
+        if others:
+            more = f" and {len(others) - 3} more" * (len(others) > 3)
+            found = ", ".join(others[:3]) + more
+            raise VideoError(f"{self.name}: {found}, expected {self.width}x{self.height}. {ONE_FOLDER}")
 
-    def _image(self, i: int) -> np.ndarray:
-        return _read_image(self._files[i], self._image_name(i))
+    def _image(self, i: int) -> AbstractContextManager[Image.Image]:
+        return opened(self._files[i], self.name + self._files[i].name * (self.kind == "folder"))
 
     def _iter_images(self) -> Iterator[Frame]:
-        for i in range(math.ceil(self.start * self.rate), len(self._files)):
-            yield Frame(self._image(i), i / self.rate)
+        if self.kind == "animation":
+            with self._image(0) as image:
+                first = sum(time < self.start for time in self._times) + self.skip
+                for (frame, _), time in islice(zip(animation(image), self._times), first, None):
+                    yield Frame(as_rgb(frame), time)
+            return
+        for i in range(math.ceil(self.start * self.rate) + self.skip, len(self._files)):
+            with self._image(i) as image:
+                rgb = as_rgb(image)
+                if (h_w := rgb.shape[:2]) != (self.height, self.width):
+                    found = f"{self._files[i].name} is {h_w[1]}x{h_w[0]}, expected {self.width}x{self.height}"
+                    raise VideoError(f"{self.name}: {found}. {ONE_FOLDER}")
+            yield Frame(rgb, i / self.rate)
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
         """The container, opened afresh, and its first moving picture (cover art is none)."""
@@ -280,21 +350,25 @@ class VideoReader:
             raise self._nothing_decodes(container)
         self._origin, self._size = first.pts, (first.width, first.height)
         self.start_time = (first.pts or 0) * self.tick
-        self._codec, self._quarters = stream.codec_context.name, round(first.rotation / 90)
+        self._codec, self._matrix = stream.codec_context.name, _display_matrix(first)
+        self._shown = _cropping(stream, *self._size)
         try:
             self.height, self.width = self._rgb(first).shape[:2]
         except (av.error.FFmpegError, ValueError) as error:
             what = f"pixels of the kind {first.format.name} cannot be converted"
             raise VideoError(f"{self.name}: {what}. Convert the file to H.264 first.") from error
-        aspect = stream.codec_context.sample_aspect_ratio
+        aspect = stream.sample_aspect_ratio  # the container's, else the codec's
         if aspect not in (None, 0, 1):
-            self.aspect = 1 / aspect if self._quarters % 2 else aspect
+            self.aspect = 1 / aspect if _on_its_side(self._matrix) else aspect
         alpha = any(c.is_alpha for c in first.format.components) or stream.metadata.get("alpha_mode") == "1"
         transfer = HDR_TRANSFERS.get(int(first.color_trc))
         if transfer:
             self.hdr = HDR_MATRIX, int(first.color_primaries), int(first.color_trc)
+        a, b, c, d = self._matrix
+        mirrored = a * d < b * c
         notes = {
-            f"rotated upright by {abs(first.rotation)} degrees": first.rotation,
+            "mirrored, as its header says": mirrored,
+            f"rotated upright by {abs(first.rotation)} degrees": first.rotation and not mirrored,
             "interlaced source; deinterlace first (ffmpeg -vf bwdif)": first.interlaced_frame,
             "alpha channel dropped": alpha,
             f"{transfer}/BT.2020 source; processed in its own transfer, tags copied, but written in 8 bits. "
@@ -303,10 +377,18 @@ class VideoReader:
         self.notes += [note for note, applies in notes.items() if applies]
 
     def _packet_times(self, container, stream, most: int | None) -> Iterator[Fraction]:
+        """Of the packets that are shown; a clock that starts again goes on."""
+        shift, newest, last = 0, None, None
         with suppress(av.error.FFmpegError):  # damage is met again, and reported, when decoding
             for packet in islice(container.demux(stream), most):
-                if packet.pts is not None and not packet.is_discard:
-                    yield packet.pts * self.tick
+                if packet.pts is None or packet.is_discard:
+                    continue
+                if packet.dts is not None:
+                    if last is not None and packet.dts < last:
+                        shift = newest + (packet.duration or 1) - packet.pts
+                    last = packet.dts
+                newest = packet.pts + shift if newest is None else max(newest, packet.pts + shift)
+                yield (packet.pts + shift) * self.tick
 
     def _probe_rate(self, container: InputContainer, stream: VideoStream) -> None:
         """Set tick, rate, constant_rate and frames from the first packets' timestamps, without decoding."""
@@ -314,33 +396,42 @@ class VideoReader:
         times = sorted(self._packet_times(container, stream, RATE_PACKETS))
         if len(times) > 2 * REORDERED:
             times = times[:-REORDERED]  # between the last ones some are still to come
+        steps = [b - a for a, b in pairwise(times)]
+        self._step = median(steps) if steps else Fraction(0)
         # Headers of remuxed files lie: 1000 frames a second is Matroska's clock.
         for self.rate in [r for r in (stream.guessed_rate, stream.average_rate) if r] + COMMON_RATES:
-            rounding = [time - n / self.rate for n, time in enumerate(times)] or [0]
+            smooth = accumulate((s if s <= JUMP * self._step else 1 / self.rate for s in steps), initial=0)
+            rounding = [time - n / self.rate for n, time in enumerate(smooth)]
             self.constant_rate = max(rounding) - min(rounding) <= self.tick
             if self.constant_rate:
+                self._step = 1 / self.rate
                 break
         else:
-            mean = (len(times) - 1) / max(times[-1] - times[0], self.tick)
+            steps = [step for step in steps if step <= PAUSE]
+            mean = len(steps) / max(sum(steps), self.tick)
             average = stream.average_rate or 0
             sane = mean / 2 < average < mean * 2
             self.rate = average if sane else mean.limit_denominator(1001) or FOLDER_RATE
-        # A variable rate is only a mean: no promise of so many frames.
-        self._promised = stream.frames or round(_seconds(stream) * self.rate) * self.constant_rate
+        # Headers count what an edit list hides and the places of dropped frames; an index what is there.
+        index = [entry for entry in stream.index_entries if not entry.is_discard] if stream.frames else []
+        ends, there = (entry.pos + entry.size for entry in index), self.path.stat().st_size
+        self._cut = max(ends, default=0) > there or _matroska_is_cut(self.path)
         longest = Fraction(container.duration or 0, av.time_base)  # stream, be it the sound
-        self.frames = self._promised or round(longest * self.rate) or None
+        seconds = (self.constant_rate and _seconds(stream)) or longest  # a variable rate is only a mean
+        self.frames = len(index) or round(seconds * self.rate) or None
 
     def _decode(self, container, stream) -> Iterator[av.VideoFrame]:
         """Every frame that decodes. Choice: go on behind a damaged packet, as players do."""
         packets = container.demux(stream)
-        self._damaged = 0
+        self._damaged = begun = 0
         while True:
             try:
                 packet = next(packets, None)
                 frames = packet.decode() if packet is not None else []
             except av.error.FFmpegError:
-                self._damaged += 1
+                self._damaged += begun  # what a broadcast cut anywhere begins with, nobody misses
                 continue
+            begun = begun or len(frames) > 0
             yield from frames
             if packet is None:
                 break
@@ -348,8 +439,8 @@ class VideoReader:
             yield from stream.decode(None)
 
     def _decode_from(self, time: Fraction) -> Iterator[av.VideoFrame]:
-        """Frames from a key frame at or before `time` on."""
-        if time > 0 and self._origin is not None:
+        """Frames from a key frame at or before `time` on; from the first where the clock may not tell."""
+        if time > 0 and self._origin is not None and not self._jumps:
             target = self._origin + time / self.tick
             for back in (0, 5):  # seconds; an index may point behind the time asked for
                 container, stream = self._open()
@@ -362,31 +453,85 @@ class VideoReader:
                         return chain([first], frames)
         return self._decode(*self._open())
 
+    @cached_property
+    def _jumps(self) -> bool:
+        """Whether the clock of a container where this happens goes back or far ahead: all of it is read."""
+        container, stream = self._open()
+        if not int(container.format.flags) & TS_DISCONT:
+            return False
+        with suppress(av.error.FFmpegError):
+            times = [p.dts * self.tick for p in container.demux(stream) if p.dts is not None]
+            return not all(0 <= b - a <= self._longest_step for a, b in pairwise(times))
+        return True
+
+    @cached_property
+    def _sound_times(self) -> list[Fraction]:
+        """When the packets of the first sound begin, on the file's clock."""
+        times: list[Fraction] = []
+        with _open_container(self.path, self.name) as container, suppress(av.error.FFmpegError):
+            for sound in container.streams.audio[:1]:
+                times += (p.pts * p.time_base for p in container.demux(sound) if p.pts is not None)
+        return times
+
+    @property
+    def _longest_step(self) -> Fraction:
+        return max(JUMP * self._step, 0 if self.constant_rate else PAUSE)
+
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """(h w 3) uint8, upright, at the first frame's size."""
         if (frame.width, frame.height) != self._size:
             # Choice: players resize their window; a clip has one size here.
             self._note("the frame size changes on the way; frames scaled to the first one's size")
         rgb = {"src_colorspace": _matrix(frame, self._codec), "dst_color_range": ColorRange.JPEG}
-        frame = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(), self._quarters))
+        limited_grey = len(frame.format.components) == 1 and frame.color_range == ColorRange.MPEG
+        if limited_grey:  # swscale takes all grey for full
+            rgb["src_color_range"] = ColorRange.JPEG
+        converted = self._reformatter.reformat(frame, *self._size, "rgb24", interpolation=ACCURATE, **rgb)
+        shown = _upright(converted.to_ndarray()[self._shown], self._matrix)
+        if limited_grey:
+            most = (2 ** frame.format.components[0].bits - 1) / 2 ** (frame.format.components[0].bits - 8)
+            black, white = 16 * 255 / most, 235 * 255 / most
+            levels = (np.arange(256) - black) * 255 / (white - black)
+            shown = (levels + 0.5).clip(0, 255).astype(np.uint8)[shown]
+        return shown
 
-    def _time(self, frame: av.VideoFrame, index: int) -> Fraction:
-        """Seconds since the first frame; what a coarse clock has rounded off a constant rate is restored."""
-        if frame.pts is None or self._origin is None:
-            return index / self.rate
-        time = (frame.pts - self._origin) * self.tick
-        grid = round(time * self.rate) / self.rate
-        return grid if self.constant_rate and abs(time - grid) <= self.tick else time
+    def _timed(self, frames: Iterable[av.VideoFrame]) -> Iterator[tuple[av.VideoFrame, Fraction]]:
+        """Frames in their order, with their seconds since the first.
+
+        Where the file's clock goes back, or ahead by more than JUMP frames while no sound fills the pause,
+        the clip goes on at its rate: streams joined end to end, clocks that wrap. `shifts` tells the sound.
+        """
+        self.shifts, raw, time = [-self.start_time], None, -self.tick
+        for frame in frames:
+            last, before = raw, time
+            if frame.pts is not None and self._origin is not None:
+                raw = frame.pts * self.tick
+            else:
+                raw = self.start_time if last is None else last + self._step
+            if last is not None and (raw <= last - self._step / 2 or self._is_jump(last, raw)):
+                self.shifts.append(before + self._step - raw)
+            time = raw + self.shifts[-1]
+            # What a coarse clock has rounded off a constant rate is restored.
+            grid = round(time * self.rate) / self.rate
+            time = grid if self.constant_rate and abs(time - grid) <= self.tick else time
+            if time <= before and last is not None:
+                self._note("timestamps that do not increase were moved behind their predecessors")
+                time = before + self.tick
+            yield frame, time
+
+    def _is_jump(self, last: Fraction, now: Fraction) -> bool:
+        gap = now - last
+        return gap > self._longest_step and not any(
+            last + gap / 4 < time < now - gap / 4 for time in self._sound_times
+        )
 
     def _iter_video(self) -> Iterator[Frame]:
-        time, shown = Fraction(-1), 0
-        for index, frame in enumerate(self._decode_from(self.start)):
-            last, time = time, self._time(frame, index)
-            if time <= last:
-                self._note("timestamps that do not increase were moved behind their predecessors")
-                time = last + self.tick
+        shown = 0
+        for frame, time in self._timed(self._decode_from(self.start)):
             if time < self.start - Fraction(1, 10**6):  # a float cannot hold most frame times
+                continue
+            if shown < self.skip:
+                shown += 1
                 continue
             try:
                 rgb = self._rgb(frame)
@@ -395,9 +540,8 @@ class VideoReader:
                 continue
             shown += 1
             yield Frame(rgb, time)
-        promised = 0 if self.start else self._promised
-        if self._damaged or shown < 0.9 * promised:
-            of = f" of {promised}" if promised else ""
+        if self._damaged or self._cut:
+            of = f" of {self.frames}" if self.frames and not self.start else ""
             self._note(f"damaged or truncated: {shown}{of} frames decode. Is the download complete?")
 
 
@@ -419,6 +563,22 @@ def read_clip(path: str | Path, start_frame: int = 0, frames: int | None = None)
 # --- writer ---------------------------------------------------------------------------------------------
 
 
+def suffix_of(path: Path) -> str:
+    """What kind of file a name asks for, "" where it is a folder's: as My.Movie.1080p is."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES | {SEGMENT_SUFFIX} else ""
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """`path` with an ending to its name, shortened where file systems would not take it."""
+    name, room = os.fsencode(path.name), LONGEST_NAME - len(os.fsencode(ending))
+    if len(name) <= room:
+        return path.with_name(path.name + ending)
+    mark = "-" + hashlib.sha256(name).hexdigest()[:8]
+    whole = name[: room - len(mark)].decode(errors="ignore").encode()  # without half a character at its end
+    return path.with_name(os.fsdecode(whole) + mark + ending)
+
+
 def _cannot_be_written(path: Path) -> AbstractContextManager:
     """The disk's and FFmpeg's complaints in one line."""
     causes = OSError, av.error.FFmpegError
@@ -432,7 +592,7 @@ def _refuse(path: Path, width: int, height: int) -> None:
 
     A file replaces a file, numbered PNGs replace numbered PNGs; nothing else is ever overwritten.
     """
-    suffix = path.suffix.lower()
+    suffix = suffix_of(path)
     if suffix not in (*VIDEO_FORMATS, ".png", ""):
         way_out = "Use .mp4, .mkv, .mov, .png, or a folder for PNGs."
         raise VideoError(f"{path.name}: cannot write {suffix}. {way_out}")
@@ -442,7 +602,7 @@ def _refuse(path: Path, width: int, height: int) -> None:
     if not path.parent.is_dir():
         raise VideoError(f"{path}: there is no folder {path.parent}. Create it first.")
     folder = path.is_dir()
-    foreign = folder and any(not re.fullmatch(r"\d{6,}\.png", name) for name in os.listdir(path))
+    foreign = folder and any(not OURS.fullmatch(name) for name in os.listdir(path) if not is_hidden(name))
     if path.exists() and (foreign or folder == bool(suffix)):
         raise VideoError(f"{path.name}: something else has this name. Choose another output.")
 
@@ -450,18 +610,20 @@ def _refuse(path: Path, width: int, height: int) -> None:
 class _Images:
     """Numbered PNGs in a folder, or one PNG, compressed by a few threads."""
 
-    def __init__(self, path: Path):
-        self.path, self.written, self.saving = path, 0, deque()
+    def __init__(self, path: Path, icc: bytes | None):
+        self.path, self.icc, self.written, self.saving = path, icc, 0, deque()
+        self.one = suffix_of(path) != ""
         self.threads = ThreadPoolExecutor(PNG_THREADS)
-        if not path.suffix:
+        if not self.one:
             path.mkdir()
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
-        if self.written and self.path.suffix:
+        if self.written and self.one:
             raise VideoError("a .png holds one frame, not a clip. Give a folder or a video as the output.")
-        file = self.path if self.path.suffix else self.path / f"{self.written:06d}.png"
+        file = self.path if self.one else self.path / f"{self.written:06d}.png"
         # Level 1 of 9: the default takes several times longer to save a tenth of the room.
-        save = partial(Image.fromarray(rgb.copy()).save, file, format="PNG", compress_level=1)
+        options = {"format": "PNG", "compress_level": 1, "icc_profile": self.icc}
+        save = partial(Image.fromarray(rgb.copy()).save, file, **options)
         self.saving.append(self.threads.submit(save))
         self.written += 1
         self.wait_for(all_but=2 * PNG_THREADS)
@@ -503,12 +665,13 @@ class _Video:
         codec.colorspace, codec.color_primaries, codec.color_trc = self.colour
         codec.color_range = ColorRange.MPEG
         codec.sample_aspect_ratio = (source and source.aspect) or Fraction(1)
+        self.icc = source and source.icc
         self.reformatter = VideoReformatter()
 
     def write(self, rgb: np.ndarray, time: Fraction | None) -> None:
         time = self.written / self.rate if time is None else Fraction(time)
         yuv = {"format": "yuv420p", "dst_colorspace": self.colour[0], "dst_color_range": ColorRange.MPEG}
-        frame = av.VideoFrame.from_ndarray(rgb, format="rgb24")
+        frame = av.VideoFrame.from_ndarray(to_srgb(rgb, self.icc) if self.icc else rgb, format="rgb24")
         frame = self.reformatter.reformat(
             frame, src_color_range=ColorRange.JPEG, interpolation=ACCURATE, **yuv
         )
@@ -550,14 +713,15 @@ class VideoWriter:
     ):
         self.path, self._shape = Path(path), (height, width, 3)
         self._settings = width, height, Fraction(rate), source, crf, preset
+        self._icc = source and source.icc
         self._open = ExitStack()
         _refuse(self.path, width, height)
 
     def __enter__(self) -> VideoWriter:
         with _cannot_be_written(self.path), self._open as stack:  # undone where the next lines fail
             unnamed = stack.enter_context(complete(self.path))
-            is_video = unnamed.suffix.lower() in VIDEO_FORMATS
-            self._sink = _Video(unnamed, *self._settings) if is_video else _Images(unnamed)
+            is_video = suffix_of(unnamed) in VIDEO_FORMATS
+            self._sink = _Video(unnamed, *self._settings) if is_video else _Images(unnamed, self._icc)
             stack.callback(self._sink.close)
             self._open = stack.pop_all()
         return self
@@ -593,7 +757,8 @@ class ResumableWriter:
     made_by  what the segments depend on, JSON: segments that depend on something else are refused
     fresh    forget the segments that are there
     to_end   copy the source's audio and subtitles to their end, else to the end of the picture
-    done     frames that are written already: the next one is `write`'s
+    shared   other processes write segments, too: one holds them `reserved`, one calls `join` behind all
+    done     frames that are written already: the next one is `write`'s; where shared, set it to begin there
     notes    lines for the user, after the exit
     """
 
@@ -606,37 +771,71 @@ class ResumableWriter:
         made_by: dict,
         fresh: bool = False,
         to_end: bool = True,
+        shared: bool = False,
         **encoding,
     ):
         _refuse(path, width, height)
-        self.path, self.parts = path, path.with_name(f"{path.name}.parts")
+        self.path, self.parts = path, with_ending(path, ".parts")
         self.source, self.made_by, self.fresh, self.to_end = source, made_by, fresh, to_end
-        self.done, self.notes = 0, []
+        self.shared, self.done, self.notes = shared, 0, []
         self._new_segment = lambda: VideoWriter(
             self._segment_path(), width, height, source.rate, source, **encoding
         )
         self._segment: VideoWriter | None = None
-        while not fresh and self._segment_path().exists():
-            self.done += SEGMENT  # a segment has its name only once it is whole
+        finished = self.finished()
+        while self.done // SEGMENT in finished:
+            self.done += SEGMENT
+
+    def finished(self) -> set[int]:
+        """Numbers of the segments that are there: a segment has its name only once it is whole."""
+        return set() if self.fresh else {int(path.stem) // SEGMENT for path in self._segments()}
 
     def _segment_path(self) -> Path:
-        suffix = self.path.suffix.lower()
+        suffix = suffix_of(self.path)
         return self.parts / f"{self.done:08d}{SEGMENT_SUFFIX if suffix in VIDEO_FORMATS else suffix}"
 
     def __enter__(self) -> ResumableWriter:
-        plan = self.parts / "plan.json"
-        with _cannot_be_written(self.parts):
-            if self.fresh:
-                remove(self.parts)
-            self.parts.mkdir(exist_ok=True)
-            if not plan.exists():
-                with complete(plan) as unnamed:
-                    unnamed.write_text(json.dumps(self.made_by))
-        made = json.loads(plan.read_text())
-        if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
-            way_out = "Use --fresh to start again, or another -o."
-            raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+        if not self.shared:
+            self._reserved = ExitStack()
+            self._reserved.enter_context(self.reserved())
         return self
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """The folder of segments. VideoError where another run writes there, or it is something else's."""
+        plan = self.parts / "plan.json"
+        with ExitStack() as stack:
+            with _cannot_be_written(self.parts):
+                stack.enter_context(self._alone())
+                for old in self.parts.iterdir() if self.fresh else ():
+                    if old.name != LOCK:
+                        remove(old)
+                if not plan.exists():
+                    with complete(plan) as unnamed:
+                        unnamed.write_text(json.dumps(self.made_by))
+                made = json.loads(plan.read_text())
+            if changed := [k for k in self.made_by if made.get(k) != self.made_by[k]]:
+                way_out = "Use --fresh to start again, or another -o."
+                raise VideoError(f"{self.parts} was made with another {', '.join(changed)}. {way_out}")
+            try:
+                yield
+            finally:
+                stack.close()
+                if not self._segments():
+                    remove(self.parts)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """VideoError where another run writes the same; what holds it off ends with this process."""
+        self.parts.mkdir(exist_ok=True)
+        try:
+            with FileLock(self.parts / LOCK, timeout=0):
+                yield
+                with suppress(OSError):  # Windows removes nothing that is open
+                    (self.parts / LOCK).unlink()
+        except Timeout:
+            way_out = "Wait for it, or choose another -o."
+            raise VideoError(f"{self.path.name}: another run is at work on it. {way_out}") from None
 
     def write(self, rgb: np.ndarray, time: Fraction) -> None:
         """Append rgb (h w 3) uint8, shown from `time` seconds of the source on."""
@@ -653,26 +852,28 @@ class ResumableWriter:
             segment.__exit__(*(error or (None, None, None)))
 
     def __exit__(self, *error) -> None:
-        try:
+        with nullcontext() if self.shared else self._reserved:
             self._finish_segment(*error)
-            if error[0] is None:
-                if not self._segments():
-                    raise VideoError(f"{self.path.name}: there is no frame to write")
-                with _cannot_be_written(self.path), complete(self.path) as unnamed:
-                    self._join(self._segments(), unnamed)
-                remove(self.parts)
-        finally:
-            if not self._segments():
-                remove(self.parts)
+            if error[0] is None and not self.shared:
+                self.join()
+
+    def join(self) -> None:
+        """Makes the clip of all segments, which are gone then."""
+        if not self._segments():
+            raise VideoError(f"{self.path.name}: there is no frame to write")
+        with _cannot_be_written(self.path), complete(self.path) as unnamed:
+            self._join(self._segments(), unnamed)
+        for segment in self._segments():
+            remove(segment)
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
-        return sorted(path for path in found if re.fullmatch(r"\d{8,}", path.stem))
+        return sorted(path for path in found if re.fullmatch(r"\d{8,}(\.\w+)?", path.name))
 
     def _join(self, segments: list[Path], path: Path) -> None:
-        if path.suffix.lower() in VIDEO_FORMATS:
+        if suffix_of(path) in VIDEO_FORMATS:
             self.notes += _join_videos(segments, path, self.source, self.to_end)
-        elif path.suffix:  # one PNG
+        elif suffix_of(path):  # one PNG
             os.replace(segments[0], path)
         else:
             _join_folders(segments, path)
@@ -680,8 +881,8 @@ class ResumableWriter:
 
 def _join_folders(segments: list[Path], path: Path) -> None:
     path.mkdir()
-    files = (file for folder in segments for file in sorted(folder.iterdir(), key=_natural))
-    for n, file in enumerate(files):
+    files = chain.from_iterable(sorted(folder.iterdir(), key=_natural) for folder in segments)
+    for n, file in enumerate(file for file in files if OURS.fullmatch(file.name)):
         try:
             os.link(file, path / f"{n:06d}.png")
         except OSError:  # a disk without hard links
@@ -698,22 +899,41 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
         with _open_container(segments[0], segments[0].name) as first:
             joined = container.add_stream_from_template(first.streams.video[0], opaque=True)
         joined.time_base, joined.codec_context.framerate = tick, source.rate
-        streams = _sound_streams(original, container, notes) if original else {}
         headers = joined.codec_context.extradata
         origin = min(packet.pts for packet in _segment_packets(segments[0], tick, headers))
         end = None
         if not to_end:
             last = max(packet.pts for packet in _segment_packets(segments[-1], tick, headers))
             end = (last + step) * tick
+        streams, covers, misfits = {}, [], []
+        if original:
+            whole = stack.enter_context(_open_container(source.path, source.name, ignore_editlist="1"))
+            picture = next(s for s in original.streams.video if not s.disposition & Disposition.attached_pic)
+            joined.metadata.update({k: v for k, v in _tags(picture).items() if k in TRACK_TAGS})
+            joined.disposition = picture.disposition.value
+            streams = _sound_streams(original, whole, container, misfits)
+            covers = _surroundings(original, whole, container, misfits)
+            container.set_chapters(_chapters(original, source.shifts[0] - origin * tick, end))
         pictures = _pictures(segments, origin, joined, tick, step)
-        sounds = _sounds(original, streams, source.start_time, origin * tick, end, notes) if streams else ()
-        for packet in heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base):
+        sounds = _sounds(original, streams, source.shifts, origin * tick, end, notes) if streams else ()
+        packets = heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base)
+        for packet in chain(covers, packets):
             try:
                 container.mux_one(packet)
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 if packet.stream is joined:
                     raise
                 notes.append("sound: damaged packets were left out")
+        places = {i: stream.index for i, stream in streams.items()}
+        container.close()
+        if original:
+            with _open_container(path, path.name) as result:
+                misfits += _lost(result, original, places)
+        if misfits:
+            s, are = ("", "are") if len(misfits) > 1 else ("es", "is")
+            more = "" if path.suffix == ".mkv" else " An .mkv output holds more kinds."
+            fit = f"do{s} not fit into {path.suffix} and {are} left out.{more}"
+            notes.append(f"{', '.join(dict.fromkeys(misfits))} {fit}")
     return list(dict.fromkeys(notes))
 
 
@@ -743,42 +963,119 @@ def _segment_packets(path: Path, tick: Fraction, headers: bytes) -> list[av.Pack
     return packets
 
 
-def _sound_streams(original: InputContainer, container: OutputContainer, notes: list[str]) -> dict:
-    """New streams for the original's audio and subtitles, by their index there; a note for each misfit."""
+def _sound_streams(
+    original: InputContainer, whole: InputContainer, container: OutputContainer, misfits: list[str]
+) -> dict:
+    """New streams for the original's audio and subtitles, by their index there. whole: the original opened
+    without its edit lists, for what they hide in front would be a decoder's delay in other containers."""
     streams = {}
     for stream in (*original.streams.audio, *original.streams.subtitles):
+        hidden = getattr(stream.codec_context, "initial_padding", 0)
+        cut = stream.type == "audio" and hidden > PREROLL * stream.codec_context.sample_rate
         try:
-            streams[stream.index] = container.add_stream_from_template(stream)
-            streams[stream.index].metadata.update(stream.metadata)
+            template = whole.streams[stream.index] if cut else stream
+            new = container.add_stream_from_template(template)
         except ValueError:  # PyAV asks the container's list of codecs
-            kind = f"{stream.type} {stream.codec_context.name if stream.codec_context else '(unknown)'}"
-            suffix = Path(container.name).suffix
-            more = "" if suffix == ".mkv" else " An .mkv output holds more kinds."
-            notes.append(f"{kind} does not fit into {suffix} and is left out.{more}")
+            codec = stream.codec_context.name if stream.codec_context else "(unknown)"
+            misfits.append(f"{stream.type} {codec}")
+            continue
+        new.metadata.update(_tags(stream))
+        new.disposition, streams[stream.index] = stream.disposition.value, new
     return streams
 
 
+def _tags(of) -> dict[str, str]:
+    """Those of a film or a track that do not speak of its file. MP4 calls a track's title its name."""
+    tags = {k: v for k, v in of.metadata.items() if not OF_THE_FILE.match(k)}
+    return {"title": tags.pop("name")} | tags if "name" in tags else tags
+
+
+def _surroundings(
+    original: InputContainer, whole: InputContainer, container: OutputContainer, misfits: list[str]
+) -> list[av.Packet]:
+    """What else belongs to a film: tags, fonts for its subtitles, cover art. Returns the covers' packets."""
+    suffix = suffix_of(Path(container.name))
+    container.metadata.update(_tags(original))
+    packets, files = [], [(f.name, f.mimetype, f.data) for f in original.streams.attachments]
+    for cover in (s for s in whole.streams.video if s.disposition & Disposition.attached_pic):
+        packet = next(packet for packet in whole.demux(cover) if packet.size)
+        kind = cover.codec_context.name.replace("mjpeg", "jpeg")
+        if suffix not in (".mp4", ".m4v"):
+            files.append((cover.metadata.get("filename", f"cover.{kind}"), f"image/{kind}", bytes(packet)))
+            continue
+        packet.stream = container.add_stream_from_template(cover)
+        packet.stream.disposition, packet.pts, packet.dts = Disposition.attached_pic.value, 0, 0
+        packets.append(packet)
+    for name, kind, content in files:
+        if suffix == ".mkv":
+            container.add_attachment(name, kind or "application/octet-stream", content)
+        else:
+            misfits.append(f"attachment {name}")
+    return packets
+
+
+def _chapters(original: InputContainer, shift: Fraction, end: Fraction | None) -> list[dict]:
+    """The original's, moved by `shift` seconds and cut at 0 and `end`."""
+    chapters = []
+    for chapter in original.chapters():
+        tick = chapter["time_base"]
+        last = math.inf if end is None else round(end / tick)
+        start, stop = (min(max(0, chapter[place] + round(shift / tick)), last) for place in ("start", "end"))
+        if start < stop:
+            chapters.append(chapter | {"start": start, "end": stop})
+    return chapters
+
+
+def _lost(result: InputContainer, original: InputContainer, places: dict[int, int]) -> list[str]:
+    """Tags and flags that the result's container did not keep: each has its own list."""
+    kept = {name.lower() for name in result.metadata}
+    lost = [f"tag {name}" for name in _tags(original) if name.lower() not in kept]
+    for place, new in places.items():
+        source, now = original.streams[place], result.streams[new]
+        gone = {k: v for k, v in _tags(source).items() if k in TRACK_TAGS and _tags(now).get(k) != v}
+        lost += [f"{name} {value}" for name, value in gone.items() if value != "und"]
+        lost += [f"flag {flag.name}" for flag in Disposition if source.disposition & flag & ~now.disposition]
+    return lost
+
+
 def _sounds(
-    original: InputContainer, streams: dict, zero: Fraction, origin: Fraction, end, notes: list[str]
+    original: InputContainer, streams: dict, shifts: list[Fraction], origin: Fraction, end, notes: list[str]
 ) -> Iterator[av.Packet]:
     """The original's packets for `streams`, untouched, from `origin` to `end` seconds (None: to their end).
 
-    Times count from `zero`, its first picture. `origin` becomes the output's zero: a cut clip starts with the
-    packet that sounds at its first frame.
+    Times are the picture's: the reader's `shifts` from the file's clock, of which a stream takes the next one
+    where that brings its packets closer together. `origin` becomes the output's zero: a cut clip starts with
+    the packet that sounds at its first frame.
     """
+    picture = [s for s in original.streams.video[:1] if len(shifts) > 1]  # says where subtitles are
+    place = dict.fromkeys((*streams, *(s.index for s in picture)), 0)  # which of the shifts a stream is at
+    starts: dict[int, Fraction] = {}  # of each stream's last packet
+    usual: dict[int, Fraction] = {}  # length of its packets
     try:
-        for packet in original.demux(*(original.streams[i] for i in streams)):
+        for packet in original.demux(*(original.streams[i] for i in streams), *picture):
             if packet.dts is None:
                 continue
-            tick = packet.time_base
-            time = packet.dts * tick - zero
-            over = origin > 0 and time + (packet.duration or 0) * tick <= origin
-            if over or (end is not None and time >= end):
+            tick, i = packet.time_base, packet.stream.index
+            time, length = packet.dts * tick, (packet.duration or 0) * tick
+            if packet.is_discard and time + length < 0:  # cut off by an edit list, which begins at zero
                 continue
-            shift = round((zero + origin) / tick)
-            packet.dts -= shift
-            packet.pts = None if packet.pts is None else packet.pts - shift
-            packet.stream = streams[packet.stream.index]
+            if len(shifts) > 1:
+                guide = picture[0].index if packet.stream.type == "subtitle" else i
+                there = starts.get(guide, time + shifts[0])
+                later = range(place[i], len(shifts))
+                place[i] = min(later, key=lambda n: abs(time + shifts[n] - there))
+                usual[i] = min(length, usual.get(i, length))  # before a jump MP4 has packets of hours
+                overlaps = time + shifts[place[i]] < starts.get(i, -math.inf) + usual[i] / 2
+                if overlaps and packet.stream.type == "audio":  # more sound than picture before a jump
+                    continue
+            starts[i] = time = time + shifts[place[i]]
+            over = origin > 0 and time + length <= origin
+            if i not in streams or over or (end is not None and time >= end):
+                continue
+            shift = round((shifts[place[i]] - origin) / tick)
+            packet.dts += shift
+            packet.pts = None if packet.pts is None else packet.pts + shift
+            packet.stream = streams[i]
             yield packet
     except av.error.FFmpegError:
         notes.append("sound: damaged or truncated; kept up to the damage")

@@ -1,14 +1,20 @@
 """The compact student: the 2D network it starts as, what time adds, how the rest of the house calls it."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from compact import CompactVSR
+from compact import Anchors, CompactVSR, load_anchors, warping_loss
+from metrics import DISTS, dists_loss
 from model import WeightsError
+from runtime import UserError
 from stream import queue_bytes, stream
 
 SMALL = dict(features=8, layers=4, every=2)
@@ -101,3 +107,34 @@ def test_another_file_is_refused_in_one_line(tmp_path, state, what):
     with pytest.raises(WeightsError, match=what) as error:
         CompactVSR.from_realesrgan(tmp_path / "x.pth")
     assert "\n" not in str(error.value)
+
+
+def test_at_start_nothing_pulls_it_back_to_the_2d_network_and_later_something_does():
+    dists, lr = DISTS.seeded(), torch.rand(1, 3, 3, 16, 16) * 2 - 1
+    anchors = Anchors(dists, lambda_2d=1.0, lambda_warp=0.0)
+    net = CompactVSR.from_realesrgan()
+    assert anchors(net(lr), {"lr": lr}).abs() < 1e-5
+    x_s = moved(net)(lr)
+    expected = dists_loss(dists, x_s, CompactVSR.from_realesrgan()(lr))
+    assert anchors(x_s, {"lr": lr}).item() == pytest.approx(expected.item()) and expected > 1e-3
+
+
+def test_flicker_costs_along_the_motion_alone():
+    """A picture that moves by whole pixels, and a result that moves with it, stands still, or flickers."""
+    rng = np.random.default_rng(0)
+    world = cv2.GaussianBlur(rng.uniform(-6, 6, (96, 96, 3)), (0, 0), 3).clip(-1, 1)
+    world = torch.from_numpy(world).float().permute(2, 0, 1)
+    hr = torch.stack([world[:, 8:72, 2 * i : 64 + 2 * i] for i in range(4)])[None]
+    moves, stays = warping_loss(hr, hr), warping_loss(hr[:, :1].expand_as(hr), hr)
+    noise = 0.2 * torch.randn(hr.shape, generator=torch.Generator().manual_seed(0))
+    flickers = warping_loss(hr + noise, hr)
+    assert moves < 0.1 * min(stays, flickers)
+    # Independent noise of deviation s in two frames differs by 2 s / pi^0.5; warping calms it.
+    assert 0.5 < flickers / (0.2 * 2 / math.pi**0.5) < 1 and warping_loss(0 * hr + 0.3, hr) < 1e-6
+
+
+def test_its_settings_must_go_together():
+    settings = SimpleNamespace(lambda_2d=1.0, lambda_warp=0.0)
+    with pytest.raises(UserError, match="--lambda-2d: .* --dists, which is none"):
+        load_anchors(settings, None)
+    assert load_anchors(SimpleNamespace(lambda_2d=0.0, lambda_warp=0.0), None) is None

@@ -152,7 +152,7 @@ def test_videos_and_photos_are_drawn_one_to_one_and_every_file_alike(folders, mo
         return np.zeros((3, 32, 32, 3), np.uint8)
 
     monkeypatch.setattr(data, "video_clip", noted)
-    monkeypatch.setattr(data, "read_clip", lambda path: noted(path))
+    monkeypatch.setattr(data, "read_clip", lambda path, *_: noted(path))
     monkeypatch.setattr(data, "random_crop", lambda clip, size, rng: clip[:1])
     monkeypatch.setattr(data, "moving_crop", lambda photo, frames, size, rng: np.stack([photo] * frames))
     clips.videos, clips.images = ([Path(kind, str(k)) for k in range(10)] for kind in ("video", "photo"))
@@ -190,7 +190,7 @@ def test_a_video_whose_header_counts_wrong_is_used_as_far_as_it_goes(tmp_path, p
         content[at : at + 4] = promised.to_bytes(4, "little")
     file.write_bytes(content)
     with data.VideoReader(file) as reader:
-        assert reader.frames == promised and sum(1 for _ in reader) == 40
+        assert reader.frames == sum(1 for _ in reader) == 40  # as the index says
     clips = clips_of(tmp_path, frames=12)  # where no other file stands in
     drawn = [clips.draw(clips.videos, 12, index) for index in range(12)]
     assert len({clip.tobytes() for clip in drawn}) == 12
@@ -202,6 +202,26 @@ def test_a_video_that_ends_early_is_used_as_far_as_it_goes(tmp_path):
     (tmp_path / "whole.mkv").write_bytes(whole[: 2 * len(whole) // 3])  # its header still tells of 40 frames
     clips = clips_of(tmp_path, frames=12)
     assert {clips.draw(clips.videos, 12, index).shape for index in range(12)} == {(12, 32, 32, 3)}
+
+
+def test_no_window_of_a_video_holds_a_cut(tmp_path):
+    """Frames tell their shots by their colours. A video cut everywhere is passed over, as short ones are."""
+    shots = [procedural_clip(generator(seed), 14, (48, 64)).frames // 2 for seed in range(3)]
+    joined = np.concatenate([shot + np.uint8(60 * k) for k, shot in enumerate(shots)])
+    restless = np.concatenate([procedural_clip(generator(seed), 4, (48, 64)).frames for seed in range(10)])
+    for name, clip in ("joined", joined), ("restless", restless):
+        with VideoWriter(tmp_path / f"{name}.mkv", 64, 48, rate=25) as writer:
+            for frame in clip:
+                writer.write(frame)
+    clips = clips_of(tmp_path, frames=10)
+    drawn = [clips.draw(clips.videos, 10, index) for index in range(24)]
+    brightness = [clip.mean(axis=(1, 2, 3)) for clip in drawn]
+    assert all(np.ptp(clip) < 30 for clip in brightness)  # two shots are 60 apart
+    assert len({int(clip.mean()) // 60 for clip in brightness}) == 3
+    (tmp_path / "joined.mkv").unlink()
+    alone = clips_of(tmp_path, frames=10)
+    with pytest.raises(DataError, match="restless.mkv: a cut in each of 8 windows, 10 frames are needed"):
+        alone.draw(alone.videos, 10, 0)
 
 
 def test_grey_alpha_and_deep_sources_become_8_bit_rgb(tmp_path):

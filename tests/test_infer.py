@@ -19,8 +19,10 @@ from PIL import Image
 from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, times_of, with_sound
 
 import infer
+from data import generator, procedural_clip
+from jobs import jobs_for, missing_segments
 from model import PRESETS, AdcVSR
-from stream import queue_bytes
+from stream import peak_gb
 from video import SEGMENT, VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
@@ -261,9 +263,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     out = capfd.readouterr().out
     assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
     assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
-    queues = queue_bytes(AdcVSR(**PRESETS["tiny"]), 24, 40) / 2**30
-    assert f"in float32; first result after 57 frames\nmemory: {queues:.2f} GB in queues" in out
-    assert "about twice that during a step; disk: 0.00 GB" in out
+    peak = peak_gb(AdcVSR(**PRESETS["tiny"]), 24, 40, frames=5)
+    assert "in float32; first result after 57 frames\ndisk: 0.00 GB" in out
+    assert f"memory: {peak:.2f} GB at most" in out
     assert names(tmp_path) == before
 
 
@@ -312,6 +314,150 @@ def test_segments_of_another_command_are_refused_and_fresh_is_the_way_out(
     assert f"was made with another {changed}. Use --fresh" in line
     run_here(clip, *flags, "--fresh")
     assert len(read_clip(tmp_path / "clip_x4.mp4")) == 3
+
+
+# --- shots ---------------------------------------------------------------------------------------------
+
+
+def write_frames(path: Path, frames: np.ndarray) -> Path:
+    """A folder of PNGs: what comes out can be compared exactly."""
+    with VideoWriter(path, frames.shape[2], frames.shape[1], Fraction(25)) as out:
+        for frame in frames:
+            out.write(frame)
+    return path
+
+
+def shots_of(*lengths: int) -> list[np.ndarray]:
+    return [procedural_clip(generator(k), t, (16, 24)).frames for k, t in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("flags", [(), ("--window", 12), ("--chunk", 5, "--color", "wavelet")])
+def test_a_clip_becomes_what_its_shots_become(tmp_path, run_here, flags):
+    shots = shots_of(20, 1, 30)
+    clip = write_frames(tmp_path / "clip", np.concatenate(shots))
+    flags = *flags, "--dtype", "float32"
+    run_here(clip, *flags)
+    result = read_clip(tmp_path / "clip_x4").astype(int)
+    for k, shot in enumerate(shots):
+        run_here(write_frames(tmp_path / str(k), shot), *flags)
+    apart = np.concatenate([read_clip(tmp_path / f"{k}_x4") for k in range(len(shots))])
+    assert len(result) == 51 and np.abs(result - apart).max() <= 1  # chunks differ, so roundings do
+    run_here(clip, "-o", tmp_path / "one", "--shots", "none", *flags)
+    assert np.abs(result - read_clip(tmp_path / "one")).max() > 1
+
+
+@pytest.mark.parametrize("window", [0, 12])
+@pytest.mark.parametrize("lengths", [(120,), (70, 9, 41)])
+def test_what_goes_on_in_the_middle_gives_the_same_frames(tmp_path, weights, lengths, window):
+    """From any frame on, bit for bit; the reading goes back no further than the reach or the shot's start."""
+    net = AdcVSR.from_pretrained(weights).eval()
+    clip = write_frames(tmp_path / "clip", np.concatenate(shots_of(*lengths)))
+    args = infer.parse([str(clip), "--window", str(window)])
+    reach, grid = (window - 1, window - 2 * infer.CONTEXT) if window else (net.lag, args.chunk)
+
+    def results(begin: int) -> list[np.ndarray]:
+        with VideoReader(clip) as reader:
+            first, frames = infer.frames_for(begin, reader, args, reach, grid)
+            shot = max(start for start in np.cumsum([0, *lengths[:-1]]) if start <= begin)
+            assert max(shot, begin - reach - grid + 1) <= first <= begin
+            chunks = infer.in_chunks(frames, first, grid, torch.device("cpu"))
+            pieces = infer.super_resolve(net, chunks, window)
+            return [sr for piece in pieces for _, sr in piece][begin - first :]
+
+    expected = results(0)
+    assert len(expected) == 120 and results(120) == results(130) == []
+    for begin in (70, 78, 85, 119):
+        assert np.array_equal(results(begin), expected[begin:]), begin
+
+
+@pytest.mark.parametrize("start", [0, Fraction(1, 5)])
+def test_frames_that_are_passed_over_are_those_that_would_have_come(tmp_path, start):
+    frames = shots_of(12)[0]
+    clips = [write_frames(tmp_path / "folder", frames), raw_video(tmp_path / "clip.mp4", frames)]
+    Image.fromarray(frames[0]).save(
+        tmp_path / "moving.webp", append_images=map(Image.fromarray, frames[1:]), save_all=True, duration=40
+    )
+    for clip in (*clips, tmp_path / "moving.webp"):
+        with VideoReader(clip, start) as reader:
+            whole = list(reader)
+            reader.skip = 3
+            rest = list(reader)
+        assert [frame.time for frame in rest] == [frame.time for frame in whole[3:]] != []
+        assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(rest, whole[3:]))
+
+
+# --- several processes -----------------------------------------------------------------------------------
+
+
+def torchrun(*args) -> list[str]:
+    """infer.py by two processes of one thread each."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return [*launch, *command(*args)[1:]]
+
+
+def test_clips_are_cut_into_as_few_parts_as_keep_all_processes_busy():
+    def cut(missing: dict, processes: int) -> list[tuple]:
+        return [
+            (clip, begin / SEGMENT, end and end / SEGMENT)
+            for clip, begin, end, _ in jobs_for(missing, processes)
+        ]
+
+    assert cut({0: [0, 1], 1: [0, 1, 2, 3, 4]}, 1) == [(0, 0, None), (1, 0, None)]
+    assert cut({0: [0], 1: list(range(7))}, 4) == [
+        (1, 0, 2),
+        (1, 2, 4),
+        (1, 4, 6),
+        (1, 6, None),
+        (0, 0, None),
+    ]
+    assert cut({n: [0] for n in range(9)}, 4) == [(n, 0, None) for n in range(9)]
+    assert cut({0: [1, 2, 6, 9]}, 1) == [(0, 1, 3), (0, 6, 7), (0, 9, None)]  # some are there
+    assert missing_segments(set(), 2 * SEGMENT + 1) == [0, 1, 2] and missing_segments(set(), 0) == [0]
+    assert missing_segments({0, 2}, 3 * SEGMENT) == [1, 3]  # the clip may be longer than its header says
+    assert missing_segments({0, 5}, SEGMENT) == [1, 2, 3, 4, 6]
+
+
+@pytest.mark.slow
+def test_two_processes_make_what_one_makes(tmp_path, weights):
+    """A long clip in parts and a short one, PNG for PNG; a bad file stops neither."""
+    long, short = (
+        write_frames(tmp_path / n, *shots_of(t)) for n, t in (("long", 3 * SEGMENT + 10), ("short", 9))
+    )
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    flags = "--weights", weights, "--dtype", "float32"
+    for work, out in (torchrun, tmp_path / "two"), (command, tmp_path / "one"):
+        line = work(long, tmp_path / "bad.mp4", short, "-o", out, *flags)
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode and "error: 1 of 3 clips could not be upscaled" in done.stderr
+        assert names(out) == ["long_x4", "short_x4"]
+    for clip, frames in ("long_x4", 3 * SEGMENT + 10), ("short_x4", 9):
+        one, two = (tmp_path / out / clip for out in ("one", "two"))
+        assert names(two) == names(one) and len(names(one)) == frames
+        assert all((two / png).read_bytes() == (one / png).read_bytes() for png in names(one))
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_costs_its_segments_and_the_same_command_goes_on(tmp_path, weights):
+    clip = make_clip(tmp_path / "clip.mp4", frames=5 * SEGMENT, width=24, height=16)
+    work = torchrun(clip, "-o", tmp_path / "out", "--weights", weights, "--dtype", "float32")
+    launcher = subprocess.Popen(work, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out.parts"
+    while launcher.poll() is None and not (parts.is_dir() and any(p.is_dir() for p in parts.glob("0*"))):
+        time.sleep(0.02)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert launcher.wait() != 0 and not (tmp_path / "out").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in parts.glob("0*")}
+    assert kept
+    again = subprocess.run(work, capture_output=True, text=True)
+    assert again.returncode == 0 and f"5 segments of 96 frames, {len(kept)} done" in again.stdout
+    straight = tmp_path / "straight"
+    subprocess.run(
+        command(clip, "-o", straight, "--weights", weights, "--dtype", "float32"),
+        check=True,
+        capture_output=True,
+    )
+    assert np.array_equal(read_clip(tmp_path / "out"), read_clip(straight))
 
 
 # --- one line on failure -------------------------------------------------------------------------------
@@ -377,7 +523,6 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(AdcVSR, "encode", full_gpu)
-    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     line = refusal(clip, "--fresh", planned=True)
     assert "out of GPU memory with a single frame. Free the GPU, or use --dtype" in line
     assert not (tmp_path / "clip_x4.mp4").exists()
@@ -453,7 +598,6 @@ def test_out_of_memory_halves_the_chunk_and_drops_no_frame(tmp_path, run_here, m
         return encode(self, chunk)
 
     run_here(clip, "-o", tmp_path / "expected", "--dtype", "float32", "--chunk", 5)
-    monkeypatch.setattr(infer, "queue_bytes", lambda *_: 0)  # which encodes on the meta device
     monkeypatch.setattr(AdcVSR, "encode", small_gpu)
     run_here(clip, "-o", tmp_path / "halved", "--dtype", "float32", "--chunk", 5)
     difference = read_clip(tmp_path / "halved").astype(int) - read_clip(tmp_path / "expected")

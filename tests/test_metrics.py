@@ -702,7 +702,7 @@ def test_efficientnets_weights_map_over_exactly():
         own._blocks[k].register_forward_hook(lambda m, i, y, k=k: maps.update({k: y}))
     with torch.no_grad():
         own(x)
-        ours = metrics.efficientnet_lite0()(x)
+        ours = metrics.efficientnet_lite()(x)
     assert [tuple(m.shape[1:]) for m in ours] == [(16, 48, 32), (24, 24, 16), (40, 12, 8), (112, 6, 4)]
     for ours_k, theirs in zip(ours, maps.values(), strict=True):
         torch.testing.assert_close(ours_k, theirs, rtol=0, atol=1e-5)

@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import types
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
 
 import pytest
 import safetensors.torch
@@ -26,7 +31,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from model import PRESETS, SCALE, AdcVSR, TemporalBlock, WeightsError
+from model import ADCSR, ADCSR_FILES, PRESETS, SCALE, AdcVSR, TemporalBlock, WeightsError
 from stream import stream
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -663,3 +668,89 @@ def test_no_convolution_of_a_clip_or_of_a_training_step_has_to_copy_its_input(b,
     with Convolutions() as convolutions:
         net(lr).square().mean().backward()
     convolutions.assert_dense_channels_last()
+
+
+# --- AdcSR's files from the hub ----------------------------------------------------------------------------
+
+
+class HubAnswers(BaseHTTPRequestHandler):
+    """The hub's answers over HTTP, for one repository with two large files in folders and one of no use."""
+
+    FILES = {
+        f"weight/{ADCSR_FILES[0]}": b"net" * 99,
+        f"weight/pretrained/{ADCSR_FILES[1]}": b"half",
+        "a.md": b"-",
+    }
+    COMMIT = "c0ffee" * 6 + "cafe"
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self, with_body: bool = True):
+        self.server.asked.append(self.path)
+        headers, path = {"X-Repo-Commit": self.COMMIT}, self.path.partition("?")[0]
+        if path.startswith("/api/models/Guaishou74851/AdcSR"):
+            files = [{"rfilename": name, "size": len(body)} for name, body in self.FILES.items()]
+            body = json.dumps({"id": ADCSR, "sha": self.COMMIT, "siblings": files}).encode()
+            headers["Content-Type"] = "application/json"
+        else:
+            name = unquote(path).partition("/resolve/")[2].partition("/")[2]
+            if name not in self.FILES:
+                return self.send_error(404)
+            body = self.FILES[name]
+            headers["ETag"] = f'"{sha256(body).hexdigest()}"'
+        self.send_response(200)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def log_message(self, *line):
+        pass
+
+
+@pytest.fixture
+def hub():
+    """A server that answers as the hub does, at `hub.url`; `hub.asked` are the paths it was asked for."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HubAnswers)
+    server.asked, server.url = [], f"http://127.0.0.1:{server.server_port}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch_adcsr(cache: Path, url: str, *named: str) -> subprocess.CompletedProcess:
+    """`adcsr_files(named)` in a process of its own, with this hub and this cache of it."""
+    code = "import sys; from model import adcsr_files; print(*adcsr_files(sys.argv[1:]), sep='\\n')"
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    env |= {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *named]
+    return subprocess.run(command, env=env, capture_output=True, text=True, cwd=cache)
+
+
+def test_adcsrs_files_are_fetched_once_and_found_by_name(tmp_path, hub):
+    first = fetch_adcsr(tmp_path, hub.url)
+    assert first.returncode == 0, first.stderr
+    line, *paths = first.stdout.split("\n")[:3]
+    assert "3e-07 GB" in line and "OpenRAIL++-M" in line and ADCSR in line
+    assert [Path(p).read_bytes() for p in paths] == list(HubAnswers.FILES.values())[:2]
+    assert not any("a.md" in path for path in hub.asked)
+    asked = len(hub.asked)
+    again = fetch_adcsr(tmp_path, hub.url)
+    assert again.stdout.split() == paths and len(hub.asked) == asked
+
+
+def test_no_way_to_adcsrs_files_is_one_line(tmp_path, hub):
+    for url, named, what in (
+        (hub.url, ["nobody/nothing"], "nobody/nothing: cannot be fetched"),
+        ("http://127.0.0.1:9", [], "cannot be fetched"),
+        (hub.url, ["a", "b", "c"], "give net_params_200.pkl and halfDecoder.ckpt"),
+    ):
+        done = fetch_adcsr(tmp_path, url, *named)
+        last = done.stderr.strip().split("\n")[-1]
+        assert done.returncode and "WeightsError" in last and what in last and "halfDecoder.ckpt" in last

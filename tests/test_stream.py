@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import AdcVSR
 from runtime import UserError
-from stream import CONTEXT, Stream, in_halves, in_windows, queue_bytes, stream
+from stream import CONTEXT, Alive, Stream, in_halves, in_windows, peak_gb, queue_bytes, stream
 
 
 def streamed(net: AdcVSR, lr: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -149,6 +149,19 @@ def test_the_queues_stop_growing_and_hold_no_more_than_they_say():
     held = [x for past in state.past.values() for x in (past if isinstance(past, list) else [past])]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in held}
     assert sum(storages.values()) == state.nbytes() == queue_bytes(net, 16, 16)
+
+
+@torch.no_grad()
+def test_the_peak_that_is_told_is_that_of_the_tensors_of_a_real_run():
+    net = AdcVSR(**SMALL).to(memory_format=torch.channels_last)
+    weights = sum(weight.nbytes for weight in net.parameters())
+    with Alive() as alive:
+        for _ in stream(net, (torch.zeros(1, 8, 3, 48, 64) for _ in range(16))):
+            pass
+    assert peak_gb(net, 48, 64, frames=8) == pytest.approx((weights + alive.peak) / 1e9, rel=0.08)
+    with Alive() as alive:
+        net(torch.zeros(1, 30, 3, 48, 64))
+    assert peak_gb(net, 48, 64, 30, window=True) == pytest.approx((weights + alive.peak) / 1e9, rel=0.08)
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""train_onestep.py, onestep.py, sharding.py: losses by known answers, who learns when, the order of stages
-in two dimensions, and runs of every stage that end alike whatever happens to them."""
+"""train_onestep.py, onestep.py, sharding.py: losses with a known answer, who learns when, the order of the
+stages in a two-dimensional world, and runs of every stage that end alike whatever happens to them."""
 
 import json
 import math

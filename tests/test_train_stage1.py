@@ -24,12 +24,13 @@ import cache
 import infer
 import model
 import train_stage1
+from compact import CompactVSR
 from data import DataError, TrainingClips, loader, micro_batches
 from metrics import DISTS, dists_loss
 from model import AdcVSR
 from runtime import UserError, World, newest_checkpoint
 from teacher import FeatureEncoder
-from train_stage1 import PRESETS, Config, learning_rate, main, train_step
+from train_stage1 import PRESETS, Config, by_rate, learning_rate, main, train_step
 from video import VideoReader, VideoWriter, to_network
 
 ROOT = Path(train_stage1.__file__).parent
@@ -195,6 +196,16 @@ def test_the_loss_of_one_clip_again_and_again_falls(tmp_path):
     main(cfg)
     losses = [line["loss"] for line in logged(cfg) if "loss" in line]
     assert len(losses) == 15 and sum(losses[-3:]) < 0.9 * 3 * losses[0]
+
+
+def test_the_temporal_blocks_alone_learn_at_the_whole_rate():
+    student = CompactVSR.from_realesrgan()
+    temporal, pretrained = by_rate(student, 0.1)
+    assert temporal["share"] == 1 and pretrained["share"] == 0.1
+    assert {id(p) for p in temporal["params"]} == {id(p) for p in student.temporal.parameters()}
+    assert {id(p) for p in pretrained["params"]} == {id(p) for p in student.body.parameters()}
+    (all_of_it,) = by_rate(AdcVSR(**model.PRESETS["tiny"] | {"temporal": "none"}), 1.0)  # no blocks
+    assert all_of_it["share"] == 1
 
 
 def test_the_learning_rate_halves_exactly_after_each_named_step():

@@ -628,7 +628,7 @@ def make_broken(folder: Path, kind: str) -> tuple[Path, str]:
     frames = folder / "frames"
     frames.mkdir()
     if kind == "empty folder":
-        return frames, r"^frames/: no frames in this folder \(looked for png, jpg, webp, bmp\)$"
+        return frames, r"^frames/: no frames in this folder \(looked for png, jpg, webp, bmp, \.\.\.\)$"
     for n in range(3):
         Image.fromarray(moving_clip(1)[0]).save(frames / f"{n:04d}.png")
     if kind == "mixed sizes":
