@@ -99,7 +99,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the value of full
     "preset":       ("tiny",        "smoke"),
     "network":      ("tiny",        "tiny"),
     "seedvr":       ("",            ""),
-    "cache":        ("tiny_cache",  None),
+    "cache":        ("onestep_cache", None),
     "procedural":   (0.1,           1.0),
     "frames":       (4,             3),
     "size":         (96,            48),
