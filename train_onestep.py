@@ -99,7 +99,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the value of full
     "preset":       ("tiny",        "smoke"),
     "network":      ("tiny",        "tiny"),
     "seedvr":       ("",            ""),
-    "cache":        ("tiny_cache",  None),
+    "cache":        ("onestep_cache", None),
     "procedural":   (0.1,           1.0),
     "frames":       (4,             3),
     "size":         (96,            48),
@@ -472,6 +472,7 @@ def main(cfg: Config) -> None:
     clips = TrainingClips(sources, cfg.seed, stage=3 + list(STAGES).index(cfg.stage))  # after AdcVSR's two
     if cfg.cache:
         clips = CachedClips(cfg.cache, clips, "gt", cfg.validation)
+    # One process looks, but for networks of which each holds a part.
     looks = held_out_clips(cfg, LOOKS) if world.is_main or cfg.shard else []
     # loop
     kept = "ema" if "ema" in nets else "student"  # what is looked at, and is the stage's result

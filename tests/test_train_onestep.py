@@ -947,6 +947,7 @@ def learnt(world, sharded: bool) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_with_sharded_networks_learn_what_one_learns_without(tmp_path, monkeypatch):
     monkeypatch.setattr(train_onestep, "torch", torch)  # put back afterwards
     alone = learnt(WORLD, sharded=False)
