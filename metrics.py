@@ -246,7 +246,7 @@ def warping_errors(
 
 # ---- DISTS: metric and loss -------------------------------------------------------------------------------
 
-VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions and channels of each stage
+VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)  # M: pooling
 DISTS_FRAMES = 4  # frames whose VGG activations the loss holds at once
 
 
@@ -255,31 +255,18 @@ class DISTS(nn.Module):
 
     Compares means (texture) and covariances (structure) of whole feature maps with weights alpha and beta per
     channel: maps of the image itself and of the stages of a VGG, pooled by an L2 norm under a Hann window.
-    As built, the VGG is seeded noise and all weights equal: no judge of quality, but a loss without download.
+    vgg: torchvision's `features`, up to the last stage's end.
     """
 
-    def __init__(self, stages: tuple[tuple[int, int], ...] = VGG16):
+    def __init__(self, vgg: nn.Sequential, alpha: Tensor, beta: Tensor):
         super().__init__()
-        rng, self.widths = torch.Generator().manual_seed(0), [3] + [width for _, width in stages]
-        self.stages = nn.ModuleList()
-        for c, (depth, width) in zip(self.widths, stages):
-            convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([c] + [width] * depth)]
-            self.stages.append(nn.ModuleList(convs))
-            for conv in convs:
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=rng)
-                nn.init.zeros_(conv.bias)
+        self.vgg = vgg
         hann = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer("hann", torch.outer(hann, hann))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.register_buffer("alpha", torch.ones(sum(self.widths)))
-        self.register_buffer("beta", torch.ones(sum(self.widths)))
+        self.register_buffer("weights", torch.stack([alpha.flatten(), beta.flatten()]))
         freeze(self)
-
-    @classmethod
-    def seeded(cls) -> "DISTS":
-        """A narrow VGG of noise: what a run without downloads takes to go the whole way."""
-        return cls(stages=((1, 16), (1, 32), (1, 64)))
 
     @classmethod
     def from_pretrained(cls) -> "DISTS":
@@ -287,34 +274,42 @@ class DISTS(nn.Module):
         with needs("DISTS", "torchmetrics torchvision", "checkpoints/vgg16-397923af.pth"):
             package = Path(import_module("torchmetrics").__file__).parent
             learned = torch.load(package / "functional/image/dists_models/weights.pt", weights_only=True)
-            vgg = import_module("torchvision.models").VGG16_Weights.IMAGENET1K_V1
-            return cls().load_vgg(vgg.get_state_dict(progress=False), learned["alpha"], learned["beta"])
+            models = import_module("torchvision.models")
+            vgg = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1, progress=False)
+            return cls(vgg.features[:-1], learned["alpha"], learned["beta"])
 
-    def load_vgg(self, vgg: dict[str, Tensor], alpha: Tensor, beta: Tensor) -> "DISTS":
-        """torchvision's VGG state dict, whose convolutions stand in order, and the learned weights."""
-        convs = [tensor for name, tensor in vgg.items() if name.startswith("features.")]
-        mine = [*self.stages.buffers(), self.alpha, self.beta]
-        for tensor, loaded in zip(mine, [*convs, alpha.flatten(), beta.flatten()], strict=True):
-            tensor.copy_(loaded)
-        return self
+    @classmethod
+    def seeded(cls, layers: tuple[int | str, ...] = (16, "M", 32, "M", 64)) -> "DISTS":
+        """A VGG of noise, here a narrow one, and equal weights: no judge of quality, but a loss without
+        download, by which a run can go the whole way."""
+        from torchvision.models.vgg import make_layers
+
+        vgg, rng = make_layers(layers), torch.Generator().manual_seed(0)
+        for conv in (layer for layer in vgg if isinstance(layer, nn.Conv2d)):
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=rng)
+            nn.init.zeros_(conv.bias)
+        # Channels of the image and at the end of each stage.
+        equal = torch.ones(sum(c for c, pool in pairwise([3, "M", *layers, "M"]) if pool == "M"))
+        return cls(vgg, equal, equal)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Images (n 3 h w) in [0, 1] -> the images and a map (n c h/2^k w/2^k) of each stage k."""
         maps, h = [x], (x - self.mean) / self.std
-        for k, stage in enumerate(self.stages):
-            if k > 0:
+        for layer in self.vgg:
+            if isinstance(layer, nn.MaxPool2d):  # in its place:
+                maps.append(h)
                 hann = self.hann.expand(h.shape[1], 1, 3, 3)
                 h = (F.conv2d(h.square(), hann, stride=2, padding=1, groups=len(hann)) + 1e-12).sqrt()
-            for conv in stage:
-                h = F.relu(conv(h))
-            maps.append(h)
-        return maps
+            else:
+                h = layer(h)
+        return [*maps, h]
 
     def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Distance of each frame: pred, gt (... 3 h w) in [0, 1] -> (...), 0 for equal frames."""
         (pred, lead), (gt, _) = (pack([frames], "* c h w") for frames in (pred, gt))
-        weights = torch.stack([self.alpha, self.beta]) / (self.alpha + self.beta).sum()
-        similarity = map_similarity(self.features(pred), self.features(gt), weights.split(self.widths, dim=1))
+        xs, ys = self.features(pred), self.features(gt)
+        weights = (self.weights / self.weights.sum()).split([x.shape[1] for x in xs], dim=1)
+        similarity = map_similarity(xs, ys, weights)
         return unpack(1 - similarity, lead, "*")[0]
 
 

@@ -490,7 +490,7 @@ def train() -> None:
 def steps(script) -> None:
     """Steps of one clip, whose teacher video comes from a cache; networks placed as the scripts do."""
     from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
-    from metrics import DISTS
+    from metrics import DISTS, VGG16
     from runtime import World
     from teacher import FeatureEncoder
 
@@ -500,7 +500,7 @@ def steps(script) -> None:
     with torch.device(DEVICE):
         torch.manual_seed(0)
         student = AdcVSR(**FULL | {"pixel_skip": False})
-        dists = DISTS() if ON_GPU else DISTS.seeded()
+        dists = DISTS.seeded(VGG16) if ON_GPU else DISTS.seeded()
         encoder = sd_encoder(student) if ON_GPU else FeatureEncoder.seeded(student.config)
         judges = nn.ModuleDict()
         if second:

@@ -1,5 +1,6 @@
 """Metrics against closed forms and the packages' numbers; the command line as a user meets it."""
 
+import copy
 import json
 import math
 import os
@@ -109,7 +110,7 @@ def test_ssim_is_one_for_equal_frames_symmetric_and_blind_to_flips():
     assert ssim(a, b).item() == pytest.approx(ssim(a.flip(-1), b.flip(-1)).item())
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim, DISTS(((1, 4), (1, 4)))])
+@pytest.mark.parametrize("metric", [psnr, ssim, DISTS.seeded((4, "M", 4))])
 def test_a_batch_of_clips_scores_each_frame_as_if_alone(metric):
     a, b = (
         torch.stack([texture(32, 32, s + k) for k in range(6)]).view(2, 3, 3, 32, 32).float() for s in (0, 10)
@@ -133,8 +134,8 @@ def test_dists_equals_torchmetrics_with_the_same_weights(monkeypatch):
     models = pytest.importorskip("torchvision.models.vgg")
     vgg = torch.nn.ModuleDict({"features": models.make_layers(models.cfgs["D"])})
     monkeypatch.setattr(reference, "vgg16", lambda weights: vgg)
-    theirs, ours = reference.DISTSNetwork(), DISTS()
-    ours.load_vgg(vgg.state_dict(), theirs.alpha, theirs.beta)
+    theirs = reference.DISTSNetwork()
+    ours = DISTS(copy.deepcopy(vgg["features"][:-1]), theirs.alpha, theirs.beta)
     for h, w in ((32, 48), (37, 29)):
         gt = torch.stack([texture(h, w), texture(h, w, 1)]).float()
         pred = (gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
@@ -148,12 +149,12 @@ def test_dists_equals_torchmetrics_with_the_same_weights(monkeypatch):
 
 
 def test_seeded_dists_is_reproducible_frozen_and_grows_with_noise():
-    stages = tuple((depth, width // 8) for depth, width in metrics.VGG16)
-    dists, noise = DISTS(stages), torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    layers = [layer if layer == "M" else layer // 8 for layer in metrics.VGG16]
+    dists, noise = DISTS.seeded(layers), torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
     gt = texture(64, 64).float()
     scores = [dists((gt + sigma * noise).clamp(0, 1), gt).item() for sigma in (0, 0.02, 0.1, 0.3)]
     assert scores[0] == pytest.approx(0, abs=1e-6) and scores == sorted(scores)
-    assert DISTS(stages)((gt + noise).clamp(0, 1), gt) == dists((gt + noise).clamp(0, 1), gt)
+    assert DISTS.seeded(layers)((gt + noise).clamp(0, 1), gt) == dists((gt + noise).clamp(0, 1), gt)
     assert not any(p.requires_grad for p in dists.parameters())
 
 
