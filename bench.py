@@ -52,6 +52,7 @@ from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, c
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
 from metrics import (
     DISTS,
+    VGG16,
     detail,
     dis_flow,
     efficientnet_lite,
@@ -464,7 +465,7 @@ def train(script, args: Args) -> None:
     world = World(0, 1, torch.device(DEVICE))
     with torch.device(DEVICE):
         student = AdcVSR(**PRESETS[size] | {"pixel_skip": False})
-        encoder, dists = feature_encoder(student), DISTS() if ON_GPU else DISTS.seeded()
+        encoder, dists = feature_encoder(student), DISTS.seeded(VGG16) if ON_GPU else DISTS.seeded()
         discriminators = (
             new_discriminators(student, args) if script is train_stage2 else torch.nn.ModuleDict()
         )

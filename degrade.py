@@ -13,20 +13,22 @@ pass through all steps one by one. Values are grey levels, 0 to 255, throughout.
     python degrade.py clip.mp4 -o lr.mp4 --seed 3
 """
 
-import argparse
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain, islice
 from math import ceil, log2, pi
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import av
 import cv2
 import numpy as np
 import torch
+import tyro
 from av.codec.context import Flags
 
 from runtime import UserError, run
@@ -343,13 +345,16 @@ def degrade(clip: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return np.stack([to_8bit(frame) for frame in frames])
 
 
+@dataclass(frozen=True)
+class Args:
+    clip: tyro.conf.Positional[Path]  # video, image or folder of frames; sides are cut to multiples of 8
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]  # LR video, at a quarter of the size
+    seed: int = 0
+    frames: int = 100  # of the clip at most
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Degrade a clip as the training does, to look at.")
-    parser.add_argument("clip", help="video, image or folder of frames; sides are cropped to multiples of 8")
-    parser.add_argument("-o", "--output", required=True, help="LR video, at a quarter of the size")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--frames", type=int, default=100, help="of the clip at most")
-    args = parser.parse_args()
+    args = tyro.cli(Args, description="Degrade a clip as the training does, to look at.")
     if args.seed < 0 or args.frames < 1:
         raise UserError(f"--seed {args.seed} --frames {args.frames}: seeds start at 0, frames at 1")
     with VideoReader(args.clip) as reader:

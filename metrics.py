@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import chain, count, islice, pairwise
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,25 +57,22 @@ def to_unit(frames: Tensor) -> Tensor:
     return frames
 
 
-def comparable(pred: Tensor, gt: Tensor, color: str, crop: int) -> Tensor:
-    """Both (... 3 h w) as one float tensor in [0, 1] in the asked colour, (2 ... c h w), borders cropped."""
-    h, w = pred.shape[-2:]
-    if not 0 <= 2 * crop < min(h, w):
-        raise UserError(f"--crop {crop} does not fit frames of {w}x{h}")
-    pair = torch.stack([to_unit(pred), to_unit(gt)])[..., crop : h - crop, crop : w - crop]
+def to_color(frames: Tensor, color: str) -> Tensor:
+    """Frames (... 3 h w), uint8 or float in [0, 1], as float in [0, 1]: "rgb", or the luma (... 1 h w)."""
+    frames = to_unit(frames)
     if color == "rgb":
-        return pair
+        return frames
     weights, offset = LUMA[color]
-    return torch.einsum("... c h w, c -> ... h w", pair, pair.new_tensor(weights)).unsqueeze(-3) + offset
+    return torch.einsum("... c h w, c -> ... h w", frames, frames.new_tensor(weights)).unsqueeze(-3) + offset
 
 
-def psnr(pred: Tensor, gt: Tensor, color: str = "rgb", crop: int = 0, eps: float = 0.0) -> Tensor:
+def psnr(pred: Tensor, gt: Tensor, color: str = "rgb", eps: float = 0.0) -> Tensor:
     """Peak signal-to-noise ratio of each frame in dB, infinite for equal frames (80 with PYIQA_EPS).
 
     pred, gt (... 3 h w), uint8 or float in [0, 1]. Returns (...). `color` rgb, or the luma yiq or ycbcr.
     """
-    pred, gt = comparable(pred, gt, color, crop)
-    return -10 * torch.log10((pred - gt).square().mean((-3, -2, -1)) + eps)
+    error = to_color(pred, color) - to_color(gt, color)
+    return -10 * torch.log10(error.square().mean((-3, -2, -1)) + eps)
 
 
 def blur(x: Tensor) -> Tensor:
@@ -87,13 +84,13 @@ def blur(x: Tensor) -> Tensor:
     return unpack(images, lead, "* h w")[0]
 
 
-def ssim(pred: Tensor, gt: Tensor, color: str = "yiq", crop: int = 0) -> Tensor:
+def ssim(pred: Tensor, gt: Tensor, color: str = "yiq") -> Tensor:
     """Structural similarity of each frame (Wang et al., 2004), in every detail pyiqa's default.
 
     pred, gt (... 3 h w), uint8 or float in [0, 1], at least 11x11. Returns (...) float64, at most 1. `color`
     rgb (mean over channels), yiq or ycbcr. Values rounded to 0..255, contrast term not below 0.
     """
-    x, y = (255 * comparable(pred, gt, color, crop).double()).round()
+    x, y = ((255 * to_color(frames, color).double()).round() for frames in (pred, gt))
     if min(x.shape[-2:]) < 11:
         raise UserError(f"SSIM needs frames of at least 11x11, these are {x.shape[-1]}x{x.shape[-2]}")
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -109,7 +106,7 @@ def ssim(pred: Tensor, gt: Tensor, color: str = "yiq", crop: int = 0) -> Tensor:
 
 def high_frequencies(clip: Tensor) -> Tensor:
     """What LR has no room for: luma's spectrum (t n) above 1/8 cycle a pixel; clip (t 3 h w)."""
-    luma = comparable(clip, clip, "yiq", crop=0)[0, :, 0].double()
+    luma = to_color(clip, "yiq")[:, 0].double()
     h, w = luma.shape[-2:]
     window = torch.outer(torch.hann_window(h), torch.hann_window(w)).to(luma)  # a frame's ends do not meet
     spectrum = torch.fft.rfft2((luma - luma.mean((1, 2), keepdim=True)) * window)
@@ -158,30 +155,24 @@ def dis_flow(first: Tensor, second: Tensor) -> Tensor:
     return rearrange(flow, "n h w c -> n c h w").to(first)
 
 
-class RaftFlow:
+@torch.no_grad()
+def raft_flow(first: Tensor, second: Tensor, network: nn.Module, literal: bool = False) -> Tensor:
     """RAFT-large, 20 updates, frames of any size. Shapes as `Flow`.
 
     `literal` repeats EvalCrafter's slip: its RAFT divides frames that already lie in [0, 1] by 255 again.
     """
+    h, w = first.shape[-2:]
+    below, right = (max(128, math.ceil(size / 8) * 8) - size for size in (h, w))  # RAFT: 8k, at least 128
+    pair = (2 * v.float() / (255 if literal else 1) - 1 for v in (first, second))
+    pair = [F.pad(v, (0, right, 0, below), "replicate") for v in pair]
+    return network(*pair, num_flow_updates=20)[-1][..., :h, :w].to(first)
 
-    def __init__(self, network: nn.Module, literal: bool = False):
-        self.network, self.white = network.eval(), 255 if literal else 1
 
-    @classmethod
-    def from_pretrained(cls, device: str, literal: bool = False) -> "RaftFlow":
-        weights = "checkpoints/raft_large_C_T_V1-22a6c225.pth"
-        with needs("E*_warp", "torchvision", weights, "; or --flow dis"):
-            flows = import_module("torchvision.models.optical_flow")
-            things = flows.Raft_Large_Weights.C_T_V1  # the port of raft-things; the default is another model
-            return cls(flows.raft_large(weights=things, progress=False).to(device), literal)
-
-    @torch.no_grad()
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        h, w = first.shape[-2:]
-        below, right = (max(128, math.ceil(size / 8) * 8) - size for size in (h, w))  # RAFT: 8k, at least 128
-        pair = (2 * v.float() / self.white - 1 for v in (first, second))
-        pair = [F.pad(v, (0, right, 0, below), "replicate") for v in pair]
-        return self.network(*pair, num_flow_updates=20)[-1][..., :h, :w].to(first)
+def load_raft() -> nn.Module:
+    with needs("E*_warp", "torchvision", "checkpoints/raft_large_C_T_V1-22a6c225.pth", "; or --flow dis"):
+        flows = import_module("torchvision.models.optical_flow")
+        things = flows.Raft_Large_Weights.C_T_V1  # the port of raft-things; the default is another model
+        return flows.raft_large(weights=things, progress=False).eval()
 
 
 def landing(flow: Tensor) -> Tensor:
@@ -232,7 +223,7 @@ def warping_errors(
 
     `convention`: "corrected" leaves out pixels that land outside the frame. "evalcrafter" is the code behind
     the published numbers (EvalCrafter, as in DOVE) to the letter: these pixels count against the repeated
-    border, and frames are padded to 8k first. (Its second division by 255 is `RaftFlow(literal=True)`.)
+    border, and frames are padded to 8k first. (Its second division by 255 is `raft_flow(literal=True)`.)
     """
 
     def shrink(v: Tensor) -> Tensor:
@@ -255,7 +246,7 @@ def warping_errors(
 
 # ---- DISTS: metric and loss -------------------------------------------------------------------------------
 
-VGG16 = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))  # convolutions and channels of each stage
+VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)  # M: pooling
 DISTS_FRAMES = 4  # frames whose VGG activations the loss holds at once
 
 
@@ -264,31 +255,18 @@ class DISTS(nn.Module):
 
     Compares means (texture) and covariances (structure) of whole feature maps with weights alpha and beta per
     channel: maps of the image itself and of the stages of a VGG, pooled by an L2 norm under a Hann window.
-    As built, the VGG is seeded noise and all weights equal: no judge of quality, but a loss without download.
+    vgg: torchvision's `features`, up to the last stage's end.
     """
 
-    def __init__(self, stages: tuple[tuple[int, int], ...] = VGG16, seed: int = 0):
+    def __init__(self, vgg: nn.Sequential, alpha: Tensor, beta: Tensor):
         super().__init__()
-        rng, self.widths = torch.Generator().manual_seed(seed), [3] + [width for _, width in stages]
-        self.stages = nn.ModuleList()
-        for c, (depth, width) in zip(self.widths, stages):
-            convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([c] + [width] * depth)]
-            self.stages.append(nn.ModuleList(convs))
-            for conv in convs:
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=rng)
-                nn.init.zeros_(conv.bias)
+        self.vgg = vgg
         hann = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer("hann", torch.outer(hann, hann))
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.register_buffer("alpha", torch.ones(sum(self.widths)))
-        self.register_buffer("beta", torch.ones(sum(self.widths)))
+        self.register_buffer("weights", torch.stack([alpha.flatten(), beta.flatten()]))
         freeze(self)
-
-    @classmethod
-    def seeded(cls) -> "DISTS":
-        """A narrow VGG of noise: what a run without downloads takes to go the whole way."""
-        return cls(stages=((1, 16), (1, 32), (1, 64)))
 
     @classmethod
     def from_pretrained(cls) -> "DISTS":
@@ -296,34 +274,43 @@ class DISTS(nn.Module):
         with needs("DISTS", "torchmetrics torchvision", "checkpoints/vgg16-397923af.pth"):
             package = Path(import_module("torchmetrics").__file__).parent
             learned = torch.load(package / "functional/image/dists_models/weights.pt", weights_only=True)
-            vgg = import_module("torchvision.models").VGG16_Weights.IMAGENET1K_V1
-            return cls().load_vgg(vgg.get_state_dict(progress=False), learned["alpha"], learned["beta"])
+            models = import_module("torchvision.models")
+            vgg = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1, progress=False)
+            return cls(vgg.features[:-1], learned["alpha"], learned["beta"])
 
-    def load_vgg(self, vgg: dict[str, Tensor], alpha: Tensor, beta: Tensor) -> "DISTS":
-        """torchvision's VGG state dict, whose convolutions stand in order, and the learned weights."""
-        convs = [tensor for name, tensor in vgg.items() if name.startswith("features.")]
-        mine = [*self.stages.buffers(), self.alpha, self.beta]
-        for tensor, loaded in zip(mine, [*convs, alpha.flatten(), beta.flatten()], strict=True):
-            tensor.copy_(loaded)
-        return self
+    @classmethod
+    def seeded(cls, layers: tuple[int | str, ...] = (16, "M", 32, "M", 64)) -> "DISTS":
+        """A VGG of noise, here a narrow one, and equal weights: no judge of quality, but a loss without
+        download, by which a run can go the whole way."""
+        from torchvision.models.vgg import make_layers
+
+        with torch.device("cpu"):  # the same noise on every device
+            vgg, rng = make_layers(layers), torch.Generator().manual_seed(0)
+            for conv in (layer for layer in vgg if isinstance(layer, nn.Conv2d)):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=rng)
+                nn.init.zeros_(conv.bias)
+        # Channels of the image and at the end of each stage.
+        equal = torch.ones(sum(c for c, pool in pairwise([3, "M", *layers, "M"]) if pool == "M"))
+        return cls(vgg, equal, equal)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Images (n 3 h w) in [0, 1] -> the images and a map (n c h/2^k w/2^k) of each stage k."""
         maps, h = [x], (x - self.mean) / self.std
-        for k, stage in enumerate(self.stages):
-            if k > 0:
+        for layer in self.vgg:
+            if isinstance(layer, nn.MaxPool2d):  # in its place:
+                maps.append(h)
                 hann = self.hann.expand(h.shape[1], 1, 3, 3)
                 h = (F.conv2d(h.square(), hann, stride=2, padding=1, groups=len(hann)) + 1e-12).sqrt()
-            for conv in stage:
-                h = F.relu(conv(h))
-            maps.append(h)
-        return maps
+            else:
+                h = layer(h)
+        return [*maps, h]
 
     def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
         """Distance of each frame: pred, gt (... 3 h w) in [0, 1] -> (...), 0 for equal frames."""
         (pred, lead), (gt, _) = (pack([frames], "* c h w") for frames in (pred, gt))
-        weights = torch.stack([self.alpha, self.beta]) / (self.alpha + self.beta).sum()
-        similarity = map_similarity(self.features(pred), self.features(gt), weights.split(self.widths, dim=1))
+        xs, ys = self.features(pred), self.features(gt)
+        weights = (self.weights / self.weights.sum()).split([x.shape[1] for x in xs], dim=1)
+        similarity = map_similarity(xs, ys, weights)
         return unpack(1 - similarity, lead, "*")[0]
 
 
@@ -473,13 +460,12 @@ def load_dover(checkout: Path, device: str) -> Callable[[Iterable[np.ndarray]], 
 PROFILE_FRAMES = 500  # of a longer clip, about the first so many are drawn
 
 
-def row_over_time(clip: Tensor, row: int | None = None) -> Tensor:
-    """The temporal profile: one row of pixels (default the middle one) of every frame, time downwards.
+def row_over_time(clip: Tensor) -> Tensor:
+    """The temporal profile: the middle row of pixels of every frame, time downwards.
 
     clip (t 3 h w), any range. Returns (3 t w): steady detail draws straight streaks, flicker ragged ones.
     """
-    row = clip.shape[-2] // 2 if row is None else row
-    return rearrange(clip[..., row, :], "t c w -> c t w")
+    return rearrange(clip[..., clip.shape[-2] // 2, :], "t c w -> c t w")
 
 
 def profile_picture(profiles: dict[str, Tensor]) -> np.ndarray:
@@ -596,12 +582,9 @@ def in_step(sides: Sides, protocol: str | None) -> Iterator[dict[str, np.ndarray
         cut = same_scene({side: (r.height, r.width) for side, r in readers.items()}, protocol)
         limit = PROTOCOL_FRAMES if protocol else None
         streams = {side: islice(reader, limit) for side, reader in readers.items()}
-        for n in count():
-            frames = {side: next(stream, None) for side, stream in streams.items()}
-            ended = [side for side, frame in frames.items() if frame is None]
-            if len(ended) == len(frames):
-                break
-            if ended:
+        for n, together in enumerate(zip_longest(*streams.values())):
+            frames = dict(zip(streams, together))
+            if ended := [side for side, frame in frames.items() if frame is None]:
                 lengths = {s: n + (s not in ended) + sum(1 for _ in stream) for s, stream in streams.items()}
                 found = ", ".join(f"{side} {length} frames" for side, length in lengths.items())
                 raise UserError(f"{found}: lengths differ; fix the output")
@@ -621,7 +604,7 @@ def best_shift(frames: Iterable[dict[str, np.ndarray]]) -> tuple[int, int, float
     errors = 0.0
     for frame in frames:
         pair = (to_clip([frame[side]]) for side in ("prediction", "ground truth"))
-        pred, gt = comparable(*pair, "yiq", crop=0)[:, 0, 0]
+        pred, gt = (to_color(one, "yiq")[0, 0] for one in pair)
         h, w = (size - 2 * REACH for size in pred.shape)
         moved = gt.unfold(0, h, 1).unfold(1, w, 1)  # (dy dx h w), a view
         errors = errors + (moved - pred[REACH:-REACH, REACH:-REACH]).square().mean((-2, -1))
@@ -641,16 +624,17 @@ BATCH_PIXELS = 8 * 512 * 512  # of the prediction, at once on the device
 
 def load_judge(name: str, args: "Args", device: str) -> Callable:
     """The function behind a metric; `Unavailable` where it cannot be had."""
-    paper = args.protocol == "adcvsr"
     if name == "psnr":
-        return partial(psnr, color=args.color or "rgb", crop=args.crop, eps=PYIQA_EPS if paper else 0.0)
+        return partial(psnr, color=args.colors[name], eps=PYIQA_EPS if args.protocol else 0.0)
     if name == "ssim":
-        return partial(ssim, color=args.color or "yiq", crop=args.crop)
+        return partial(ssim, color=args.colors[name])
     if name == "dists":
         return DISTS.from_pretrained().to(device)
     if name == "ewarp":
-        flow = dis_flow if args.flow == "dis" else RaftFlow.from_pretrained(device, literal=paper)
-        return partial(warping_errors, flow=flow, convention="evalcrafter" if paper else "corrected")
+        flow = dis_flow
+        if args.flow == "raft":
+            flow = partial(raft_flow, network=load_raft().to(device), literal=bool(args.protocol))
+        return partial(warping_errors, flow=flow, convention=args.convention)
     return load_dover(args.dover, device) if name == "dover" else load_pyiqa(name, device)
 
 
@@ -692,19 +676,24 @@ def score_clip(stream: Callable, judges: dict[str, Callable], device: str) -> tu
 
 @dataclass(frozen=True)
 class Args:
-    pred: Annotated[
-        Positional[Path], arg(metavar="PRED")
-    ]  # a video, an image, or a folder of frames or clips
+    pred: Annotated[Positional[Path], arg(metavar="PRED")]  # a video or image, a folder of frames or clips
     gt: Annotated[Positional[Path | None], arg(metavar="GT")] = None  # ground truth, the same, paired by name
     input: Path | None = None  # the network's input, drawn by --profile
     metrics: str | None = None  # some of Table 1, as psnr,dover, or all (psnr,ssim,ewarp; without GT ewarp)
     color: Literal["rgb", "yiq", "ycbcr"] | None = None  # of PSNR (default rgb) and SSIM (default yiq)
-    crop: int = 0  # pixels cut off at each border for PSNR and SSIM
     flow: Literal["raft", "dis"] = "raft"  # optical flow of E*_warp
     protocol: Literal["adcvsr"] | None = None  # the paper's: 25 frames, 512x512, EvalCrafter's E*_warp
     dover: Path = Path("DOVER")  # checkout of DOVER's repository
     profile: bool = False  # draw the middle row over time, NAME_profile.png beside PRED
     json: Path | None = None  # write settings, clips and means here
+
+    @property
+    def colors(self) -> dict[str, str]:
+        return {"psnr": self.color or "rgb", "ssim": self.color or "yiq"}
+
+    @property
+    def convention(self) -> str:
+        return "evalcrafter" if self.protocol else "corrected"
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -738,13 +727,10 @@ def written(path: Path) -> Iterator[Path]:
 
 def write_json(result: dict, path: Path) -> None:
     """JSON knows neither inf (PSNR of equal clips) nor nan (DOVER failed): they go as strings."""
-
-    def strict(row: dict) -> dict:
-        return {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in row.items()}
-
-    result = result | {"clips": [strict(row) for row in result["clips"]], "mean": strict(result["mean"])}
+    words = {"Infinity": "inf", "-Infinity": "-inf", "NaN": "nan"}
+    result = json.loads(json.dumps(result), parse_constant=words.get)
     with written(path) as part:
-        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        part.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @contextmanager
@@ -760,7 +746,7 @@ def evaluate(args: Args) -> dict:
     """Check everything, then score and print clip by clip. Returns what --json holds."""
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"{args.json}: there is no folder {args.json.parent}; create it first")
-    names, paper = chosen(args.metrics, args.gt is not None), args.protocol == "adcvsr"
+    names = chosen(args.metrics, args.gt is not None)
     paths = {"input": args.input, "prediction": args.pred, "ground truth": args.gt}
     pairs = pair_clips({side: path for side, path in paths.items() if path})
     for name, sides in pairs.items():
@@ -777,12 +763,11 @@ def evaluate(args: Args) -> dict:
     for line in missing:
         print(line, file=sys.stderr)
 
-    color = {"psnr": args.color or "rgb", "ssim": args.color or "yiq"}
-    settings = {"protocol": args.protocol, "color": color, "crop": args.crop}
-    settings |= {"convention": "evalcrafter" if paper else "corrected", "flow": FLOWS[args.flow]}
+    settings = {"protocol": args.protocol, "color": args.colors}
+    settings |= {"convention": args.convention, "flow": FLOWS[args.flow]}
     print(f"{args.pred} against {args.gt or 'no ground truth'}: clips {len(pairs)}, protocol {args.protocol}")
     if args.gt:
-        print("PSNR on {psnr}, SSIM on {ssim}, ".format(**color) + f"crop {args.crop}")
+        print("PSNR on {psnr}, SSIM on {ssim}".format(**args.colors))
     if "ewarp" in judges:
         print("E*_warp x 1000, convention {convention}, flow {flow}".format(**settings))
     print(f"{'clip':28} {'frames':>6} {'size':>9}" + "".join(f"{name:>9}" for name in judges))
@@ -796,7 +781,7 @@ def evaluate(args: Args) -> dict:
         if args.profile:
             with written(sides["prediction"].with_name(f"{name}_profile.png")) as part:
                 imageio.imwrite(part, profile_picture(profiles))
-        if paper and args.gt:
+        if args.protocol and args.gt:
             dx, dy, gain = best_shift(stream())
             if gain > WORTH:
                 lies = f"the ground truth lies {dx} pixels right of the prediction and {dy} below it"

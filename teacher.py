@@ -443,9 +443,8 @@ def load_encoder(cfg, student: AdcVSR) -> FeatureEncoder | None:
     if not cfg.lambda_feature:
         return None
     if student.pixel_skip:
-        raise TeacherError(
-            f"a student with a pixel skip paints a residual, which has no features: {WITHOUT_FEATURES}"
-        )
+        what = "a student with a pixel skip paints a residual, which has no features"
+        raise TeacherError(f"{what}: {WITHOUT_FEATURES}")
     if cfg.size % multiple:
         raise TeacherError(f"--size {cfg.size}: features need a multiple of {multiple}")
     if cfg.vae == "seeded":
