@@ -37,15 +37,14 @@ from compact import load_student
 from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments, suffixed
 from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
 from runtime import UserError, ahead, explained, fast_dtype, printable, run
+from segments import SEGMENT, ResumableWriter
 from shots import AROUND, in_shots
 from stream import CONTEXT, in_windows, peak_gb, stream
 from video import (
     CRF,
-    SEGMENT,
     VIDEO_FORMATS,
     X264_PRESET,
     Frame,
-    ResumableWriter,
     VideoReader,
     centre,
     is_hidden,

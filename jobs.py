@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime import shared_store
+from segments import SEGMENT
 from stills import moves
 from video import (
     IMAGE_SUFFIXES,
-    SEGMENT,
     VIDEO_FORMATS,
     VIDEO_SUFFIXES,
     is_hidden,

@@ -20,7 +20,7 @@ from test_video import moving_clip, raw_video, times_of, x2
 
 import infer
 import stills
-import video
+import segments
 from data import list_files, video_clip
 from metrics import find_clips
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip
@@ -600,7 +600,7 @@ def test_files_of_file_managers_are_no_data(tmp_path):
 
 def test_a_hidden_file_in_a_finished_segment_is_no_frame(tmp_path):
     source, out = raw_video(tmp_path / "a.mp4", moving_clip(6)), tmp_path / "out"
-    join = video._join_folders
+    join = segments._join_folders
 
     def looked_at(segments, path):
         for segment in segments:
@@ -610,7 +610,7 @@ def test_a_hidden_file_in_a_finished_segment_is_no_frame(tmp_path):
         join(segments, path)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video, "_join_folders", looked_at)
+        patch.setattr(segments, "_join_folders", looked_at)
         x2(source, out, segment=2)
     assert sorted(p.name for p in out.iterdir()) == [f"{n:06d}.png" for n in range(6)]
 

@@ -22,8 +22,9 @@ import infer
 from data import generator, procedural_clip
 from jobs import jobs_for, missing_segments
 from model import PRESETS, AdcVSR
+from segments import SEGMENT
 from stream import peak_gb
-from video import SEGMENT, VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
+from video import VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
 NARROW = {"unet_channels": [16] * 4, "heads": [1] * 4, "decoder_channels": [8] * 4}

@@ -19,10 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
+import segments
 import video
 from runtime import UserError
+from segments import ResumableWriter
 from video import (
-    ResumableWriter,
     VideoError,
     VideoReader,
     VideoWriter,
@@ -117,7 +118,7 @@ def x2(source: Path, target: Path, segment=96, start=0.0, frames=None, stop=()) 
     """What infer.py does, in segments of `segment` frames: interrupted before each frame of `stop`, gone on
     with by another writer, then one file. Returns its notes."""
     with VideoReader(source, start) as reader, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(video, "SEGMENT", segment)
+        patch.setattr(segments, "SEGMENT", segment)
         size = 2 * reader.width, 2 * reader.height
         for end in (*stop, None):
             with suppress(KeyboardInterrupt):
@@ -526,7 +527,7 @@ def test_segments_that_cannot_be_joined_are_named_and_nothing_is_lost(tmp_path):
         (other.read_bytes()[:40], "00000002.nut: not a video"),
     ):
         with VideoReader(source) as reader, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(video, "SEGMENT", 2)
+            patch.setattr(segments, "SEGMENT", 2)
             with pytest.raises(VideoError, match=line), ResumableWriter(out, 128, 96, reader, {}) as writer:
                 for frame in islice(reader, writer.done, None):
                     writer.write(twice(frame.rgb), frame.time)
