@@ -99,7 +99,7 @@ class Anchors(nn.Module):
 
     Choice: not in the paper, whose students learn from a video teacher. HR in its place says neither how much
     detail a frame can bear, which the 2D network knows, nor that what was made up must stay from frame to
-    frame: two heads alone left twice HR's flicker.
+    frame.
     """
 
     def __init__(self, dists: nn.Module, lambda_2d: float, lambda_warp: float):
