@@ -121,6 +121,8 @@ def attempt(row: str, work: Callable[[], object]) -> None:
     """work(), whose failure costs this row alone."""
     try:
         work()
+    except torch.OutOfMemoryError:
+        report(f"{row}: more than this card has")
     except Exception as error:
         traceback.print_exc()
         report(f"FAILED: {row}, {type(error).__name__}")
