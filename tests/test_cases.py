@@ -19,8 +19,8 @@ from PIL import Image, ImageCms
 from test_video import moving_clip, raw_video, times_of, x2
 
 import infer
-import stills
 import segments
+import stills
 from data import list_files, video_clip
 from metrics import find_clips
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip
