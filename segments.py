@@ -229,14 +229,18 @@ def _join_videos(segments: list[Path], path: Path, source: VideoReader, to_end: 
         pictures = _pictures(segments, origin, joined, tick, step)
         sounds = _sounds(original, streams, source.shifts, origin * tick, end, notes) if streams else ()
         packets = heapq.merge(pictures, sounds, key=lambda packet: packet.dts * packet.time_base)
+        filled = set()  # streams with packets
         for packet in chain(covers, packets):
             try:
                 container.mux_one(packet)
+                filled.add(packet.stream.index)
             except (av.error.InvalidDataError, av.error.ArgumentError):
                 if packet.stream is joined:
                     raise
                 notes.append("sound: damaged packets were left out")
-        places = {i: stream.index for i, stream in streams.items()}
+        # MP4 leaves out a track without packets, Matroska has it.
+        there = [s.index for s in container.streams if s.index in filled or path.suffix == ".mkv"]
+        places = {i: there.index(s.index) for i, s in streams.items() if s.index in there}
         container.close()
         if original:
             with open_container(path, path.name) as result:

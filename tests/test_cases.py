@@ -16,7 +16,7 @@ import pytest
 from av.stream import Disposition
 from filelock import FileLock
 from PIL import Image, ImageCms
-from test_video import moving_clip, raw_video, times_of, x2
+from test_video import moving_clip, raw_video, times_of, with_sound, x2
 
 import infer
 import segments
@@ -572,6 +572,14 @@ def test_a_part_of_a_film_takes_its_part_of_chapters_and_subtitles(tmp_path):
     part = belongings(tmp_path / "b.mkv")
     assert part["chapters"] == [(0.0, "Two")]
     assert part["lines"] == pytest.approx([0.2], abs=0.002)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_a_part_behind_the_last_sound_comes_without_it(tmp_path, suffix):
+    """MP4 leaves out a track without packets: the result has fewer streams than were asked for."""
+    source = with_sound(tmp_path / "a.mp4", moving_clip(50), seconds=0.5)
+    assert x2(source, tmp_path / f"b{suffix}", start=Fraction(1)) == []
+    assert len(read_clip(tmp_path / f"b{suffix}")) == 25
 
 
 # --- folders and names --------------------------------------------------------------------------------
