@@ -286,14 +286,14 @@ def _sound_streams(
     without its edit lists, for what they hide in front would be a decoder's delay in other containers."""
     streams = {}
     for stream in (*original.streams.audio, *original.streams.subtitles):
-        hidden = getattr(stream.codec_context, "initial_padding", 0)
-        cut = stream.type == "audio" and hidden > PREROLL * stream.codec_context.sample_rate
+        codec = stream.codec_context  # None if FFmpeg does not know it
+        hidden = getattr(codec, "initial_padding", 0)  # samples; PyAV tells from 19 on
+        cut = hidden > 0 and hidden > PREROLL * codec.sample_rate
         try:
             template = whole.streams[stream.index] if cut else stream
             new = container.add_stream_from_template(template)
         except ValueError:  # PyAV asks the container's list of codecs
-            codec = stream.codec_context.name if stream.codec_context else "(unknown)"
-            misfits.append(f"{stream.type} {codec}")
+            misfits.append(f"{stream.type} {codec.name if codec else '(unknown)'}")
             continue
         new.metadata.update(_tags(stream))
         new.disposition, streams[stream.index] = stream.disposition.value, new
@@ -314,7 +314,9 @@ def _surroundings(
     container.metadata.update(_tags(original))
     packets, files = [], [(f.name, f.mimetype, f.data) for f in original.streams.attachments]
     for cover in (s for s in whole.streams.video if s.disposition & Disposition.attached_pic):
-        packet = next(packet for packet in whole.demux(cover) if packet.size)
+        packet = next((packet for packet in whole.demux(cover) if packet.size), None)
+        if packet is None or cover.codec_context is None:  # damaged
+            continue
         kind = cover.codec_context.name.replace("mjpeg", "jpeg")
         if suffix not in (".mp4", ".m4v"):
             files.append((cover.metadata.get("filename", f"cover.{kind}"), f"image/{kind}", bytes(packet)))
