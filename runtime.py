@@ -228,8 +228,8 @@ class World:
         return self.device.type == "cuda"
 
     def place_frozen(self, net: nn.Module) -> nn.Module:
-        """net, in place, on the device; on a GPU in its fast dtype. Only for what never changes: there nothing
-        is lost to rounding step by step."""
+        """net, in place, on the device; on a GPU in its fast dtype. Only for what never changes: there
+        nothing is lost to rounding step by step."""
         if self.device.type == "cuda":
             net.to(fast_dtype(self.device), memory_format=torch.channels_last)
         return net.to(self.device)
