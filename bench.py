@@ -50,19 +50,9 @@ from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips, pro
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
-from metrics import (
-    DISTS,
-    VGG16,
-    detail,
-    dis_flow,
-    efficientnet_lite,
-    map_similarity,
-    psnr,
-    ssim,
-    strips,
-    warping_errors,
-)
+from metrics import detail, psnr, ssim, strips
 from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, Upsample, bicubic
+from perceptual import DISTS, VGG16, efficientnet_lite, map_similarity
 from runtime import UserError, World, newest_checkpoint, peak_memory, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
@@ -70,6 +60,7 @@ from shots import in_shots
 from stream import Stream, decoded
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
 from video import Frame, VideoWriter, to_clip, to_frames, to_network, to_uint8
+from warping import dis_flow, warping_errors
 
 ROOT = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()

@@ -18,7 +18,6 @@ from einops import rearrange
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from metrics import dis_flow, dists_loss, in_frame, unoccluded, warp
 from model import (
     SCALE,
     AdcVSR,
@@ -30,7 +29,9 @@ from model import (
     read_pickle,
     require_shapes,
 )
+from perceptual import dists_loss
 from runtime import UserError, explained, freeze
+from warping import dis_flow, in_frame, unoccluded, warp
 
 REALESRGAN = Path(__file__).parent / "weights" / "realesr-general-x4v3.pth"  # the 2D start, half precision
 

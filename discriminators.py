@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from metrics import efficientnet_lite
 from model import UNSHUFFLE, AdcVSR, TemporalConv, UNet, frames, maybe_checkpoint, pad_to_multiple, per_frame
+from perceptual import efficientnet_lite
 from runtime import explained, freeze
 
 # ------------------------------------------------------------------------------------------------------

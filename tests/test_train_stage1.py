@@ -26,8 +26,8 @@ import model
 import train_stage1
 from compact import CompactVSR
 from data import DataError, TrainingClips, loader, micro_batches
-from metrics import DISTS, dists_loss
 from model import AdcVSR
+from perceptual import DISTS, dists_loss
 from runtime import UserError, World, newest_checkpoint
 from teacher import FeatureEncoder
 from train_stage1 import PRESETS, Config, by_rate, learning_rate, main, train_step

@@ -36,8 +36,8 @@ import train_stage2
 from cache import write_clip
 from data import TrainingClips, loader, micro_batches
 from discriminators import LABELS, FeatureDiscriminator, PixelDiscriminator, five_clips
-from metrics import DISTS
 from model import AdcVSR
+from perceptual import DISTS
 from runtime import UserError, World, as_saved, newest_checkpoint, parse
 from teacher import FeatureEncoder
 from train_stage2 import PRESETS, Config, configure, learning_rate, main, print_scores, stage_one, train_step
