@@ -53,12 +53,13 @@ from infer import CHUNK, SHIPPED, choose_device_and_dtype
 from metrics import detail, psnr, ssim, strips
 from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, Upsample, bicubic
 from perceptual import DISTS, VGG16, efficientnet_lite, map_similarity
-from runtime import UserError, World, newest_checkpoint, peak_memory, run
+from runtime import UserError, World, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
 from shots import in_shots
 from stream import Stream, decoded
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
+from training import newest_checkpoint, peak_memory
 from video import Frame, VideoWriter, to_clip, to_frames, to_network, to_uint8
 from warping import dis_flow, warping_errors
 

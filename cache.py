@@ -28,8 +28,9 @@ from tqdm import tqdm
 from data import PICK, PIECE, DataError, Sources, TrainingClips
 from degrade import one_thread
 from model import SCALE
-from runtime import complete, explained, init_world, parse, run
+from runtime import complete, explained, init_world, run
 from teacher import is_results, load_teacher
+from training import parse
 from video import (
     FOLDER_RATE,
     IMAGE_SUFFIXES,

@@ -1,8 +1,8 @@
 """Networks too large for one card: weights, gradients and Adam's moments in equal parts on all cards.
 
     net --shard--> every block in parts, gathered while it computes
-    ShardedWorld, ShardedRun: `World` and `Run` of runtime.py for such networks. Checkpoints are whole, so any
-    number of processes goes on from them.
+    ShardedWorld, ShardedRun: runtime.py's `World` and training.py's `Run` for such networks. Checkpoints are
+    whole, so any number of processes goes on from them.
 
 Plumbing, as runtime.py: nothing of a paper belongs here.
 """
@@ -19,7 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
-from runtime import Run, UserError, World, fingerprint
+from runtime import UserError, World
+from training import Run, fingerprint
 
 LEARNING = 16  # bytes a weight: float32 master, gradient and two moments of Adam
 ROOM = 0.75  # share of a card for them; the rest is for activations

@@ -52,9 +52,10 @@ from onestep import (
     ranking,
     to_latents,
 )
-from runtime import Run, Settings, UserError, World, init_world, parse, presets, require_positive, run
+from runtime import UserError, World, init_world, run
 from seedvr2 import Block, NaDiT
 from sharding import LEARNING, ShardedRun, ShardedWorld, require_room, shard
+from training import Run, Settings, parse, presets, require_positive
 
 # ------------------------------------------------------------------------------------------------------
 # Settings: the defaults are the papers', where they give any

@@ -28,8 +28,9 @@ from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from metrics import validate
 from model import AdcVSR, Student, TemporalAttention, TemporalBlock, adcsr_files
 from perceptual import dists_loss, load_dists
-from runtime import Run, Settings, init_world, parse, presets, require_positive, run
+from runtime import init_world, run
 from teacher import Teacher, load_encoder, load_teacher
+from training import Run, Settings, parse, presets, require_positive
 
 # ------------------------------------------------------------------------------------------------------
 # Settings: the defaults are the paper's

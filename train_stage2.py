@@ -42,19 +42,9 @@ from discriminators import (
 from metrics import validate
 from model import Student
 from perceptual import dists_loss, load_dists
-from runtime import (
-    Run,
-    Settings,
-    UserError,
-    init_world,
-    newest_checkpoint,
-    parse,
-    presets,
-    read_training_state,
-    require_positive,
-    run,
-)
+from runtime import UserError, init_world, run
 from teacher import Teacher, load_encoder, load_teacher
+from training import Run, Settings, newest_checkpoint, parse, presets, read_training_state, require_positive
 
 # ------------------------------------------------------------------------------------------------------
 # Settings: the defaults are the paper's

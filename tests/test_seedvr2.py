@@ -24,9 +24,10 @@ import train_stage2
 from cache import CachedClips
 from data import Sources, TrainingClips
 from model import WeightsError
-from runtime import UserError, newest_checkpoint
+from runtime import UserError
 from seedvr2 import LATENT_SCALE, PRESETS, NaDiT, VideoVAE, restore, window_size, windows
 from teacher import SeedVR2Teacher, is_results, load_teacher, noise_of
+from training import newest_checkpoint
 from video import read_clip, to_frames, to_network, to_uint8
 
 WHOLE = Path(__file__).parents[2] / "shared" / "data" / "seedvr2_golden.pt"

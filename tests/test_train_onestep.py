@@ -14,9 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_runtime import ALONE as WORLD
-from test_runtime import names, signals, two_processes  # noqa: F401 (signals is a fixture)
+from test_runtime import two_processes
 from test_train_stage1 import OFFLINE
+from test_training import ALONE as WORLD
+from test_training import names, signals  # noqa: F401 (signals is a fixture)
 from torch import Tensor, nn
 
 import cache
@@ -40,7 +41,7 @@ from onestep import (
     sample,
     to_latents,
 )
-from runtime import UserError, newest_checkpoint
+from runtime import UserError
 from seedvr2 import NaDiT, VideoVAE
 from sharding import ShardedWorld, shard
 from train_onestep import (
@@ -69,6 +70,7 @@ from train_onestep import (
     relativistic,
     walk,
 )
+from training import newest_checkpoint
 
 ROOT = Path(train_onestep.__file__).parent
 MICRO = seedvr2.PRESETS["tiny"] | {"width": 24, "heads": 1, "layers": 3, "text": 8}

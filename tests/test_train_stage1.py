@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file
-from test_runtime import ALONE as WORLD
-from test_runtime import names, signals, two_processes  # noqa: F401 (signals is a fixture)
+from test_runtime import two_processes
+from test_training import ALONE as WORLD
+from test_training import names, signals  # noqa: F401 (signals is a fixture)
 from torch import nn
 
 import cache
@@ -28,9 +29,10 @@ from compact import CompactVSR
 from data import DataError, TrainingClips, loader, micro_batches
 from model import AdcVSR
 from perceptual import DISTS, dists_loss
-from runtime import UserError, World, newest_checkpoint
+from runtime import UserError, World
 from teacher import FeatureEncoder
 from train_stage1 import PRESETS, Config, by_rate, learning_rate, main, train_step
+from training import newest_checkpoint
 from video import VideoReader, VideoWriter, to_network
 
 ROOT = Path(train_stage1.__file__).parent

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import repeat
-from test_runtime import names, signals, two_processes  # noqa: F401 (signals is a fixture)
+from test_runtime import two_processes
 from test_teacher import dove  # noqa: F401 (a fixture)
 from test_train_stage1 import (  # noqa: F401 (on_the_cpu is a fixture, for every test)
     ALONE,
@@ -28,6 +28,7 @@ from test_train_stage1 import (  # noqa: F401 (on_the_cpu is a fixture, for ever
     on_the_cpu,
     weights,
 )
+from test_training import names, signals  # noqa: F401 (signals is a fixture)
 from torch import nn
 
 import cache as caches
@@ -38,9 +39,10 @@ from data import TrainingClips, loader, micro_batches
 from discriminators import LABELS, FeatureDiscriminator, PixelDiscriminator, five_clips
 from model import AdcVSR
 from perceptual import DISTS
-from runtime import UserError, World, as_saved, newest_checkpoint, parse
+from runtime import UserError, World
 from teacher import FeatureEncoder
 from train_stage2 import PRESETS, Config, configure, learning_rate, main, print_scores, stage_one, train_step
+from training import as_saved, newest_checkpoint, parse
 from video import read_clip, to_clip, to_network
 
 ROOT = Path(train_stage2.__file__).parent
