@@ -46,7 +46,8 @@ import kernels
 import train_stage1
 import train_stage2
 from compact import load_student
-from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips, procedural_clip
+from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips
+from dead_leaves import procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
@@ -554,9 +555,9 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
         names = Path(folder) / "names.txt"
         names.write_text("".join(f"clips/{i // 1000:04d}/{i % 1000:03d}.mp4\n" for i in range(10**6)))
         os.utime(names, (0, 0))  # a list is kept once it is older than clocks are coarse
-        setup = f"from pathlib import Path; import data; data.INDEXES = Path({folder!r})"
+        setup = f"from pathlib import Path; import files; files.INDEXES = Path({folder!r})"
         for turn in "first process", "others":
-            spent, before, peak = as_process("data.list_files(sys.argv[1], {'.mp4'})[0]", names, setup=setup)
+            spent, before, peak = as_process("files.list_files(sys.argv[1], {'.mp4'})[0]", names, setup=setup)
             print(f"a million names, {turn}: {spent:.1f} s, {peak - before:.0f} MB", flush=True)
 
 

@@ -25,8 +25,9 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from data import PICK, PIECE, DataError, Sources, TrainingClips
+from data import PICK, PIECE, Sources, TrainingClips
 from degrade import one_thread
+from files import DataError
 from model import SCALE
 from runtime import complete, explained, init_world, run
 from teacher import is_results, load_teacher

@@ -9,33 +9,26 @@ Paper: Sec. 4.1 (OpenVid-1M videos, LSDIR images, RealBasicVSR degradation, 25 f
 A sample is a pure function of (seed, stage, global sample index): each draw comes from a generator seeded
 with these and its purpose. Ranks take slices of the index, so processes, workers and restarts change no
 sample.
-
-Points are complex numbers, x + iy in pixels: turn z + shift zooms by |turn|, rotates by its angle and shifts.
 """
 
-import csv
 import gc
-import hashlib
-import json
 import os
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice, takewhile, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from filelock import FileLock
 from numpy.random import Generator
 from torch import Tensor
 
+from dead_leaves import PAN, SWING, procedural_clip, smooth_path, view
 from degrade import SCALE, degrade, one_thread
-from runtime import UserError, World, complete, explained
+from files import DataError, held_out, list_files, name_hash
+from runtime import World
 from shots import in_shots
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, read_clip, to_clip, to_network
 
@@ -47,11 +40,7 @@ SHRINK = 0.5  # crops are shrunk by up to this: it hides the compression of the 
 FLAT = 2.5  # mean step between neighbouring pixels, in grey levels, below which a crop is too flat
 CROPS = 8  # crops tried to find one that is not
 STARTS = 8  # windows of a video tried to find one without a cut
-PAN = 3 + 3j  # pixels a frame that a camera drifts along x and y, at most
-SWING = 0.004 + 0.004j  # log scale a frame that it zooms, radians a frame that it turns, at most
 FINER = 2  # moving crops are drawn on a finer grid and averaged, which keeps them equally sharp everywhere
-HELD_OUT_SHARE = 500  # one file of so many is held out for validation,
-HELD_OUT = 8  # but at least so many of each kind, where that is no more than a quarter of them
 
 
 # fmt: off
@@ -76,14 +65,6 @@ class Data(Sources):
 # fmt: on
 
 
-class DataError(UserError):
-    """Training data that cannot be used; the message is one line and says what to do."""
-
-    def __init__(self, message: str):
-        # PyTorch raises a worker's error again, the worker's traceback as its message; the last line is ours.
-        super().__init__(message.splitlines()[-1].split(f"{type(self).__name__}: ")[-1])
-
-
 # Purposes with a generator of their own; from 1 on, since a 0 at the end of a NumPy seed is not seen.
 KIND, PAIR, DEGRADE, VIDEO, ORDER, IMAGE, IMAGES, PICK, PIECE, NOISE = range(1, 11)
 
@@ -93,126 +74,6 @@ def generator(*key: int) -> Generator:
     if min(key) < 0:
         raise DataError(f"seed {min(key)}: take one from 0 on")
     return np.random.default_rng(key)
-
-
-# --- files --------------------------------------------------------------------------------------------------
-
-NOT_HR = {"X2", "X3", "X4", "val1"}  # LSDIR's bicubic LR images and its validation images
-INDEXES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adcvsr"
-INDEXED = 10_000  # files, from which on a list of them is kept there
-
-
-class Files(Sequence):
-    """Paths below one folder, ordered by a hash of their names, in one array of bytes: a million of them take
-    some 50 MB, once for all processes of a machine; as Python's objects they would take 400 MB in each."""
-
-    def __init__(self, folder: Path, names: np.ndarray):
-        self.folder, self.names, self.ends = folder, names, np.flatnonzero(names == 0)  # a 0 ends each name
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, k: int) -> Path:
-        if not 0 <= k < len(self):
-            raise IndexError(k)
-        start = self.ends[k - 1] + 1 if k else 0
-        return self.folder / os.fsdecode(self.names[start : self.ends[k]].tobytes())
-
-
-def name_hash(path: str) -> bytes:
-    """What decides whether a file is held out: its name's, wherever it lies."""
-    return hashlib.sha256(os.fsencode(os.path.basename(path))).digest()[:8]
-
-
-def list_files(source: str | Path, suffixes: set[str]) -> Files:
-    """Files of a folder and its subfolders, of a list (.txt, a path a line) or of OpenVid-1M's CSV (the
-    videos that it names and that are unpacked beside it). Hidden files are none. Raises DataError.
-
-    A large set is read once, by the first process, and again when one of its folders or the list has changed.
-    """
-    source = Path(source)
-    of = repr((str(Path.home()), str(source.absolute()), sorted(suffixes)))
-    index = INDEXES / hashlib.sha256(of.encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"adcvsr-{index.name}.lock"):
-        return kept_files(index, source) or read_files(index, source, suffixes)
-
-
-def kept_files(index: Path, source: Path) -> Files | None:
-    """What `read_files` has kept, unless something has changed since."""
-    with suppress(OSError, ValueError):
-        times = json.loads(index.with_suffix(".json").read_text())
-        if all(os.stat(place).st_mtime_ns == then for place, then in times.items()):
-            return Files(top_folder(source), np.memmap(index, np.uint8, "r"))
-    return None
-
-
-def read_files(index: Path, source: Path, suffixes: set[str]) -> Files:
-    """The files, read; kept if they are many and nothing has changed in the last seconds: the clocks of file
-    systems may be too coarse to tell."""
-    times: dict[str, int] = {}
-    way_out = "Name a folder, a list (.txt) or OpenVid-1M's CSV, with its column 'video'"
-    with explained(f"{source}: cannot be read", way_out, DataError, (OSError, ValueError, csv.Error)):
-        names = [name for name in names_in(source, times) if os.path.splitext(name)[1].lower() in suffixes]
-    names.sort(key=lambda name: (name_hash(name), name))
-    packed = b"".join(os.fsencode(name) + b"\0" for name in names if os.path.basename(name)[0] != ".")
-    if len(names) >= INDEXED and time.time_ns() - max(times.values()) > 2_000_000_000:
-        with suppress(OSError):  # a home that cannot be written to: read again next time
-            INDEXES.mkdir(parents=True, exist_ok=True)
-            for path, content in (index, packed), (index.with_suffix(".json"), json.dumps(times).encode()):
-                with complete(path) as partial:
-                    partial.write_bytes(content)
-    return Files(top_folder(source), np.frombuffer(packed, np.uint8))
-
-
-def top_folder(source: Path) -> Path:
-    """What the names of a source are relative to."""
-    on_hub = source.suffix == ".csv" and source.parts[-3:-1] == ("data", "train")  # OpenVid-1M's own place
-    return source.parents[2] if on_hub else source if source.is_dir() else source.parent
-
-
-def names_in(source: Path, times: dict[str, int]) -> Iterator[str]:
-    """Relative paths that a source names; to `times`, when each folder and list of them was last changed."""
-    if source.is_dir():
-        yield from walk(source, times)
-        return
-    times[str(source)] = os.stat(source).st_mtime_ns
-    with source.open(newline="", encoding="utf-8-sig") as file:  # written by Windows, too
-        if source.suffix != ".csv":
-            yield from (line.strip() for line in file if line.strip())
-            return
-        rows = csv.reader(file)
-        column = next(rows, []).index("video")
-        named = {row[column] for row in rows if row}
-    yield from (name for name in walk(top_folder(source), times) if os.path.basename(name) in named)
-
-
-def walk(folder: Path, times: dict[str, int]) -> Iterator[str]:
-    def refuse(error: OSError):
-        raise error
-
-    seen = set()  # a symbolic link may lead back
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        if (here := os.path.realpath(place)) in seen:
-            folders.clear()
-            continue
-        seen.add(here)
-        times[place] = os.stat(place).st_mtime_ns
-        folders[:] = [name for name in folders if name[0] != "." and name not in NOT_HR]
-        inside = os.path.relpath(place, folder)
-        yield from files if inside == "." else (os.path.join(inside, name) for name in files)
-
-
-def held_out(files: Files, suffixes: set[str], validation: str) -> list[Path]:
-    """Files of one kind that training never sees: those of the folder `validation`, or of `files` those that
-    the list `validation` names, or one in 500, by a hash of the name."""
-    if validation and Path(validation).is_dir():
-        return list(list_files(validation, suffixes))
-    if validation:
-        names = {path.name for path in list_files(validation, suffixes)}
-        return [path for path in files if path.name in names]
-    enough, limit = min(HELD_OUT, len(files) // 4), (2**64 // HELD_OUT_SHARE).to_bytes(8, "big")
-    first = takewhile(lambda k: k < enough or name_hash(files[k]) < limit, range(len(files)))
-    return [files[k] for k in first]
 
 
 # --- crops --------------------------------------------------------------------------------------------------
@@ -256,21 +117,6 @@ def video_clip(path: Path, frames: int, size: int, rng: Generator) -> np.ndarray
                 return random_crop(np.stack([frame.rgb for frame in clip]), size, rng)
     found = f"a cut in each of {cuts} windows" if cuts == STARTS else f"{there} frames decode"
     raise DataError(f"{path}: {found}, {frames} frames are needed")
-
-
-def smooth_path(frames: int, step: complex, rng: Generator) -> np.ndarray:
-    """A smooth path (t,) around 0: along either axis a drift of at most `step` a frame and a slow sway."""
-    time = np.arange(frames) - (frames - 1) / 2
-    low, high = (20, 0, -1, 0), (60, 2 * np.pi, 1, 5)  # Choice: frames, radians, steps a frame, steps
-    period, phase, drift, sway = rng.uniform(low, high, (2, 4)).T[..., None]
-    x, y = drift * time + sway * np.sin(2 * np.pi * time / period + phase)
-    return step.real * x + 1j * (step.imag * y)
-
-
-def view(image, turn: complex, shift: complex, size, how=cv2.INTER_LINEAR, border=cv2.BORDER_REFLECT_101):
-    """A frame of `size` (w, h) whose pixel z shows the image at turn z + shift."""
-    matrix = np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
-    return cv2.warpAffine(image, matrix, size, flags=how | cv2.WARP_INVERSE_MAP, borderMode=border)
 
 
 def moving_crop(photo: np.ndarray, frames: int, size: int, rng: Generator) -> np.ndarray:
@@ -459,143 +305,3 @@ def held_out_clips(cfg, count: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
         hr = procedural_clip(generator(seed), cfg.frames, (cfg.size, cfg.size)).frames
         clips.append((f"procedural_{seed}", hr, degrade(hr, generator(seed, DEGRADE))))
     return clips
-
-
-# --- the dead-leaves world ----------------------------------------------------------------------------------
-# Texture samples per output pixel: textures hold nothing finer than a pixel, so that drawing them anywhere
-# between pixels by linear interpolation neither aliases nor changes their sharpness.
-TEXELS = 2
-BAND_LIMIT = 1.0  # sigma in texels of the blur behind that: it leaves 0.29 at the Nyquist of the pixels
-PATTERN = 768  # texels a side of a pattern, at most
-LEAVES = 70  # Choice, as the next four: shapes for 256x256 pixels, which hide most of the background
-RADIUS = (8.0, 100.0)  # pixels, uniform in the logarithm
-DRIFT, SPIN = 2 + 2j, 0.004 + 0.02j  # a leaf's own PAN and SWING, at most
-NEAR = (0.6, 1.4)  # share of the camera's pan in the farthest and the nearest leaf: parallax
-
-
-class Rendered(NamedTuple):
-    """A rendered clip with its ground truth; `flow` and `visible` are None unless asked for."""
-
-    frames: np.ndarray  # (t h w 3) uint8
-    flow: np.ndarray | None  # (t-1 h w 2): what frame i shows at (x, y), the next shows at (x, y) + flow
-    visible: np.ndarray | None  # (t-1 h w): that point is inside one shape, in view, uncovered in both
-
-
-class Leaf(NamedTuple):
-    """A shape whose point u, counted from its middle, is at turn u + shift on the screen."""
-
-    colour: np.ndarray  # (th tw 3), times cover
-    cover: np.ndarray  # (th tw) in [0, 1]
-    turn: np.ndarray  # (t,) complex
-    shift: np.ndarray
-
-
-def procedural_clip(rng: Generator, frames: int, size: tuple[int, int], truth=False) -> Rendered:
-    """A clip of `size` (h, w) of textured shapes that hide each other and move, as does the camera."""
-    leaves = make_leaves(rng, frames, size)
-    clip, owners = zip(*(draw_leaves(leaves, i, size) for i in range(frames)))
-    if not truth:
-        return Rendered(np.stack(clip), None, None)
-    flow, visible = zip(*(exact_flow(leaves, i, owners) for i in range(frames - 1)))
-    return Rendered(np.stack(clip), np.stack(flow), np.stack(visible))
-
-
-def make_leaves(rng: Generator, frames: int, size: tuple[int, int]) -> list[Leaf]:
-    """The background and the leaves, farthest first, with their motion on the screen."""
-    h, w = size
-    middle = complex(w - 1, h - 1) / 2
-    gentle = rng.random()  # Choice: from almost still to fast
-    zoom, pan = np.exp(smooth_path(frames, gentle * SWING, rng)), smooth_path(frames, gentle * PAN, rng)
-    room = round(1.5 * TEXELS * h), round(1.5 * TEXELS * w)  # of the background, for the camera to move
-    patterns = make_patterns(rng, min(PATTERN, max(room)))
-    ground = paint(rng, patterns, room)
-    leaves = [Leaf(ground, np.ones(room, np.float32), zoom, middle + zoom * pan * NEAR[0])]
-    for k in range(count := round(LEAVES * h * w / 256**2)):
-        cover = outline(rng, np.exp(rng.uniform(*np.log(RADIUS))))
-        place = complex(*(rng.uniform(-0.7, 0.7, 2) * (w, h)))
-        moves = gentle * (rng.random() < 0.5) * rng.random()  # Choice: half of them stand still in the world
-        path = place + smooth_path(frames, moves * DRIFT, rng)
-        turn = np.exp(smooth_path(frames, moves * SPIN, rng))
-        near = NEAR[0] + (NEAR[1] - NEAR[0]) * (k + 1) / count
-        colour = paint(rng, patterns, cover.shape) * cover[..., None]
-        leaves.append(Leaf(colour, cover, zoom * turn, middle + zoom * (path + pan * near)))
-    return leaves
-
-
-def draw_leaves(leaves: list[Leaf], i: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Frame i (h w 3) uint8 and the leaf that owns each pixel (h w) int16, -1 where several share it."""
-    frame, owner = np.zeros((*size, 3), np.float32), np.zeros(size, np.int16)
-    for k, leaf in enumerate(leaves):
-        turn, shift = leaf.turn[i], leaf.shift[i]
-        th, tw = leaf.cover.shape
-        reach = np.abs([turn.real, turn.imag]) @ np.array([[tw, th], [th, tw]]) / 2 / TEXELS + 1
-        place, border = np.array([shift.real, shift.imag]), cv2.BORDER_CONSTANT
-        if k == 0:  # the background has no border
-            reach, border = np.inf, cv2.BORDER_REFLECT_101
-        low = np.maximum(0, np.floor(place - reach)).astype(int)
-        high = np.minimum(size[::-1], np.ceil(place + reach) + 1).astype(int)
-        if (low >= high).any():
-            continue
-        m = TEXELS / turn  # screen to texture: texel = m * (pixel - shift) + middle of the texture
-        origin = m * (complex(*low) - shift) + complex(tw - 1, th - 1) / 2
-        colour, cover = (view(x, m, origin, high - low, border=border) for x in (leaf.colour, leaf.cover))
-        inside = np.s_[low[1] : high[1], low[0] : high[0]]
-        frame[inside] *= cv2.cvtColor(1 - cover, cv2.COLOR_GRAY2RGB)
-        frame[inside] += colour
-        owner[inside][cover > 0.002] = -1
-        owner[inside][cover > 0.998] = k
-    return np.rint(frame).clip(0, 255).astype(np.uint8), owner
-
-
-def exact_flow(leaves: list[Leaf], i: int, owners: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Flow (h w 2) from frame i to i + 1 and its visibility (h w), from the motion of each pixel's owner."""
-    owner, after = owners[i : i + 2]
-    h, w = owner.shape
-    turn = np.array([leaf.turn[i + 1] / leaf.turn[i] for leaf in leaves])
-    before, now = np.array([leaf.shift[i : i + 2] for leaf in leaves]).T
-    here = np.arange(w) + 1j * np.arange(h)[:, None]
-    there = turn[owner] * (here - before[owner]) + now[owner]
-    move = np.where(owner >= 0, there - here, 0)
-    x, y = np.floor(there.real).astype(int), np.floor(there.imag).astype(int)
-    visible = (owner >= 0) & (x >= 0) & (y >= 0) & (x < w - 1) & (y < h - 1)
-    x, y = x.clip(0, w - 2), y.clip(0, h - 2)
-    for dy, dx in np.ndindex(2, 2):
-        visible &= after[y + dy, x + dx] == owner
-    return np.stack([move.real, move.imag], axis=-1).astype(np.float32), visible
-
-
-def make_patterns(rng: Generator, side: int) -> list[np.ndarray]:
-    """What leaves are made of: clouds, grain, veins, bent stripes and text, (side side) in [0, 1]."""
-    octaves = [rng.standard_normal((max(2, side >> k), max(2, side >> k)), np.float32) for k in range(7)]
-    octaves = [cv2.resize(octave, (side, side), interpolation=cv2.INTER_CUBIC) for octave in octaves]
-    cloud = sum(octaves) / len(octaves) ** 0.5  # equal octaves: amplitude 1/f, as in photographs
-    grain, veins = octaves[0] + octaves[1] + cloud, 4 * np.abs(cloud) - 2
-    phase = np.arange(side) / rng.uniform(5, 20) + sum(octaves[3:]) * rng.uniform(0, 0.3)
-    stripes = 3 * np.sin(2 * np.pi * phase)
-    page, row = np.zeros((side, side), np.uint8), 0
-    alphabet = list("abcdefghijklmnoprstuvwxyzABCDEFGHKLMNRST0123456789   .,-")
-    while row < side:
-        scale, font, stroke = rng.uniform(0.4, 1.2), int(rng.integers(5)), int(rng.integers(1, 3))
-        row += int(34 * scale)  # pixels between the lines of OpenCV's fonts at scale 1
-        cv2.putText(page, "".join(rng.choice(alphabet, 90)), (0, row), font, scale, 255, stroke, cv2.LINE_AA)
-    text = page / 32.0 - 4 + 0.5 * cloud
-    return [1 / (1 + np.exp(-1.5 * x.astype(np.float32))) for x in (cloud, grain, veins, stripes, text)]
-
-
-def paint(rng: Generator, patterns: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """A piece of a pattern, turned and stretched, in two colours: (h w 3) float32, 0..255."""
-    pattern, turn = patterns[rng.integers(len(patterns))], rng.uniform(0.6, 1.4) * 1j ** rng.uniform(0, 4)
-    piece = view(pattern, turn, complex(*rng.uniform(0, len(pattern), 2)), size[::-1])[..., None]
-    first, second = (rng.uniform(20, 235, (2, 1)) + rng.normal(0, 30, (2, 3))).astype(np.float32)
-    return cv2.GaussianBlur((first + (second - first) * piece).clip(0, 255), (0, 0), BAND_LIMIT)
-
-
-def outline(rng: Generator, radius: float) -> np.ndarray:
-    """Coverage (h w) float32 of an ellipse, a box or a diamond of about this radius in pixels, in texels."""
-    (a, b), turn = radius * TEXELS * rng.uniform(0.3, 1, 2), 1j ** rng.uniform(0, 4)
-    half = np.abs([(turn.real, turn.imag), (turn.imag, turn.real)]) @ (a, b)  # its sides once it is turned
-    x, y = (np.arange(-int(side) - 5, int(side) + 6) for side in half)  # room for the blur
-    inside = (x + 1j * y[:, None]) * turn.conjugate()
-    distance = np.linalg.norm([inside.real / a, inside.imag / b], ord=rng.choice([1, 2, np.inf]), axis=0)
-    mask = (0.5 + (1 - distance) * min(a, b)).clip(0, 1).astype(np.float32)  # the edge is a texel wide
-    return cv2.GaussianBlur(mask, (0, 0), BAND_LIMIT)

@@ -19,8 +19,9 @@ from torch import nn
 
 import cache as module
 from cache import PRESETS, CachedClips, Config, main, training_clips, write_clip
-from data import Data, DataError, Sources, TrainingClips
+from data import Data, Sources, TrainingClips
 from data import loader as loader_of
+from files import DataError
 from runtime import UserError, World, complete
 from teacher import Teacher
 from video import VideoWriter, read_clip, to_frames, to_network, to_uint8

@@ -21,7 +21,8 @@ from test_video import moving_clip, raw_video, times_of, with_sound, x2
 import infer
 import segments
 import stills
-from data import list_files, video_clip
+from data import video_clip
+from files import list_files
 from metrics import find_clips
 from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoError, VideoReader, VideoWriter, read_clip
 

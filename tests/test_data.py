@@ -1,9 +1,6 @@
 """data.py: samples that depend on nothing but (seed, index), files that never stop a run, the clip types of
-Eq. 5, and a world whose flow is exact."""
+Eq. 5."""
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,27 +13,21 @@ import torch
 
 import data
 from data import (
-    DataError,
-    Leaf,
     Sources,
     TrainingClips,
-    draw_leaves,
-    exact_flow,
     generator,
-    held_out,
     held_out_clips,
     indices,
-    list_files,
     micro_batches,
     moving_crop,
-    name_hash,
     permutation,
-    procedural_clip,
     random_crop,
     to_inputs,
 )
+from dead_leaves import PAN, procedural_clip
+from files import DataError
 from runtime import UserError, World
-from video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, VideoWriter
+from video import VideoWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -293,166 +284,7 @@ def test_real_types_need_images(folders):
         clips_of(folders["videos"], real_types=True)
 
 
-def names_of(source) -> list[str]:
-    return sorted(path.name for path in list_files(source, VIDEO_SUFFIXES))
-
-
-def test_layouts_folder_list_openvid_and_lsdir(tmp_path):
-    names = ["b.mp4", "a.mp4", "other.mp4"]
-    (tmp_path / "video.1").mkdir()
-    for name in names:
-        (tmp_path / "video.1" / name).touch()
-    assert names_of(tmp_path) == sorted(names)
-    (tmp_path / "list.txt").write_text("video.1/b.mp4\n\nvideo.1/other.mp4\n")
-    assert set(list_files(tmp_path / "list.txt", VIDEO_SUFFIXES)) == {
-        tmp_path / "video.1" / "b.mp4", tmp_path / "video.1" / "other.mp4"
-    }  # fmt: skip
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    table = tmp_path / "data" / "train" / "OpenVid-1M.csv"
-    table.write_text('video,caption,frame\nb.mp4,"one, two",80\na.mp4,three,90\nabsent.mp4,,1\n')
-    found = set(list_files(table, VIDEO_SUFFIXES))
-    assert found == {tmp_path / "video.1" / "a.mp4", tmp_path / "video.1" / "b.mp4"}
-    for shard in ("0001000", "X4", "val1"):
-        (tmp_path / "lsdir" / shard).mkdir(parents=True)
-        (tmp_path / "lsdir" / shard / "0000001.png").touch()
-    found = list_files(tmp_path / "lsdir", IMAGE_SUFFIXES)
-    assert [p.parent.name for p in found] == ["0001000"]
-
-
-def test_hidden_files_are_never_data(tmp_path):
-    for name in "a.mp4", ".b.mp4", "._a.mp4", "in/c.mp4", "in/._c.mp4", ".hidden/d.mp4":
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert names_of(tmp_path) == ["a.mp4", "c.mp4"]
-    (tmp_path / "list.txt").write_text("a.mp4\n._a.mp4\n")
-    assert names_of(tmp_path / "list.txt") == ["a.mp4"]
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-def test_lists_may_come_from_windows(tmp_path, encoding):
-    (tmp_path / "list.txt").write_bytes("  one.mp4\r\nzwei ä.mp4 \r\n\r\n".encode(encoding))
-    assert names_of(tmp_path / "list.txt") == ["one.mp4", "zwei ä.mp4"]
-    (tmp_path / "one.mp4").touch()
-    (tmp_path / "list.csv").write_bytes("video,frame\r\none.mp4,80\r\n".encode(encoding))
-    assert names_of(tmp_path / "list.csv") == ["one.mp4"]
-
-
-@pytest.fixture
-def indexed(tmp_path, monkeypatch) -> Path:
-    """A folder of 12 empty videos in two subfolders, enough for an index, and long since changed."""
-    monkeypatch.setattr(data, "INDEXES", tmp_path / "indexes")
-    monkeypatch.setattr(data, "INDEXED", 10)
-    for k in range(12):
-        (tmp_path / "set" / f"part{k % 2}").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "set" / f"part{k % 2}" / f"{k} ü.mp4").touch()
-    settle(tmp_path / "set")
-    return tmp_path / "set"
-
-
-def settle(folder: Path) -> None:
-    for place in folder, *folder.iterdir():
-        os.utime(place, (1e9, 1e9 + place.stat().st_nlink))
-
-
-def test_a_large_set_is_read_once(indexed, monkeypatch):
-    first = list(list_files(indexed, VIDEO_SUFFIXES))
-    monkeypatch.setattr(data, "names_in", lambda *_: pytest.fail("read again"))
-    again = list_files(indexed, VIDEO_SUFFIXES)
-    assert isinstance(again.names, np.memmap) and list(again) == first and len(first) == 12
-    assert all(path.is_file() for path in first)
-
-
-def test_a_large_set_is_read_again_when_a_folder_of_it_or_the_list_changes(indexed):
-    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 12
-    (indexed / "part1" / "new.mp4").touch()
-    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 13
-    (indexed / "new.mp4").touch()
-    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 14
-    names = indexed / "list.txt"
-    for count in 11, 15, 13:
-        names.write_text("".join(f"{k}.mp4\n" for k in range(count)))
-        assert len(list_files(names, VIDEO_SUFFIXES)) == count  # just written: its time may be the same again
-        os.utime(names, (1e9, 1e9 + count))
-        assert len(list_files(names, VIDEO_SUFFIXES)) == len(list_files(names, VIDEO_SUFFIXES)) == count
-
-
-def test_a_home_that_cannot_be_written_to_is_no_obstacle(indexed, monkeypatch):
-    (indexed.parent / "file").touch()
-    monkeypatch.setattr(data, "INDEXES", indexed.parent / "file" / "indexes")
-    assert len(list_files(indexed, VIDEO_SUFFIXES)) == 12
-
-
-LIST_COST = """
-import os, sys, time
-from multiprocessing import get_context
-from data import Sources, TrainingClips
-
-def private():
-    \"\"\"Bytes that this process shares with no other.\"\"\"
-    with open("/proc/self/smaps_rollup") as file:
-        return sum(1024 * int(line.split()[1]) for line in file if line.startswith("Private"))
-
-def worker(clips, queue):
-    before = private()
-    for index in range(20000):
-        clips.videos[clips.rng(index, 1).integers(len(clips.videos))]
-    queue.put(private() - before)
-
-if __name__ == "__main__":
-    start, before = time.process_time(), private()
-    clips = TrainingClips(Sources(sys.argv[1], "", frames=3, size=32))
-    spent, mine = time.process_time() - start, private() - before
-    queue = get_context("fork").SimpleQueue()
-    get_context("fork").Process(target=worker, args=(clips, queue)).start()
-    print(len(clips.videos), spent, mine / 1e6, queue.get() / 1e6)
-"""
-
-
-def list_cost(names: Path) -> tuple[int, float, float, float]:
-    """Of a list, in a process of its own: names, CPU seconds to start, MB of memory, and MB of a worker."""
-    command = [sys.executable, "-c", LIST_COST, str(names)]
-    count, *cost = map(float, subprocess.check_output(command, cwd=ROOT).split())
-    return int(count), *cost
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="needs Linux's account of memory")
-def test_a_list_of_a_million_names_starts_in_seconds_and_costs_a_worker_little(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    names = tmp_path / "list.txt"
-    video = "OpenVid_part{}/{:.11}_{}_0to{}.mp4\n"
-    videos = (video.format(k % 186, name_hash(str(k)).hex(), k % 40, k % 977) for k in range(10**6))
-    names.write_text("".join(videos))
-    os.utime(names, (1e9, 1e9))
-    for _ in "read", "kept":
-        count, seconds, main, worker = list_cost(names)
-        print(f"{count} names: {seconds:.1f} s, {main:.0f} MB, {worker:.0f} MB a worker")
-        assert count == 10**6 and seconds < 10 and worker < 50
-    assert seconds < 1 and main < 100
-
-
 # ------------------------------------------------------------------------------------------- held-out files
-
-
-def listed(folder: Path, count: int, suffix: str = ".mp4", name: str = "{:07d}") -> data.Files:
-    """Names in a list of files that need not be there."""
-    folder.mkdir(exist_ok=True)
-    (folder / "list.txt").write_text("".join(name.format(k) + suffix + "\n" for k in range(count)))
-    return list_files(folder / "list.txt", VIDEO_SUFFIXES | IMAGE_SUFFIXES)
-
-
-def test_one_file_in_five_hundred_is_held_out_and_at_least_eight_where_there_are_enough(tmp_path):
-    for count, least, most in (0, 0, 0), (3, 0, 0), (12, 3, 3), (35, 8, 8), (500, 8, 12), (50_000, 60, 140):
-        held = held_out(listed(tmp_path / "videos", count), VIDEO_SUFFIXES, "")
-        assert least <= len(held) <= most and len(set(held)) == len(held)
-
-
-def test_other_files_and_folders_do_not_change_what_is_held_out_of_a_large_set(tmp_path):
-    few = {p.name for p in held_out(listed(tmp_path / "few", 20_000), VIDEO_SUFFIXES, "")}
-    more = {p.name for p in held_out(listed(tmp_path / "more", 30_000), VIDEO_SUFFIXES, "")}
-    files = listed(tmp_path / "moved", 20_000, name="elsewhere/{:07d}")
-    moved = {p.name for p in held_out(files, VIDEO_SUFFIXES, "")}
-    assert few == moved and few < more and {name for name in more if int(name[:-4]) < 20_000} == few
 
 
 def test_training_never_sees_held_out_files(tmp_path, monkeypatch):
@@ -528,21 +360,6 @@ def test_without_held_out_files_procedural_clips_are_looked_at_the_same_every_ti
         assert (one[0][1] != one[1][1]).any()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample data in ../shared/data")
-def test_the_shipped_weights_list_shares_no_source_with_training():
-    """Of the list behind weights/tiny: what these files show is in no other file of the sample data."""
-    validation = str(ROOT / "weights" / "tiny" / "held_out.txt")
-    videos, images = (SHARED / f"train_{kind}" for kind in ("videos", "images"))
-    held, trained, sources = set(), set(), {"park", "bee", "train"}
-    for folder, suffixes in (videos, VIDEO_SUFFIXES), (images, IMAGE_SUFFIXES):
-        files = list_files(folder, suffixes)
-        out = held_out(files, suffixes, validation)
-        held |= {p.name for p in out}
-        trained |= {p.name for p in files} - {p.name for p in out}
-    assert len(held) == 19 and {name.split("_")[0] for name in held if "mp4" in name} == sources
-    assert not {name.split("_")[0] for name in trained if "mp4" in name} & sources
-
-
 # ------------------------------------------------------------------------------------------------- Eq. 5
 
 
@@ -607,7 +424,7 @@ def test_a_moving_crop_is_a_smooth_camera_over_the_photo():
         np.testing.assert_allclose(across[:, 1], -down[:, 0], atol=0.02)  # turned and scaled, not sheared
         scale = np.hypot(across[:, 0], across[:, 1])
         assert 0.9 < scale.min() and scale.max() < 2.3
-        assert np.abs(np.diff(centre, n=2, axis=0)).max() < 2 * abs(data.PAN) * scale.max() * 0.25
+        assert np.abs(np.diff(centre, n=2, axis=0)).max() < 2 * abs(PAN) * scale.max() * 0.25
 
 
 def test_some_clips_of_a_photo_stand_still_and_most_move(tmp_path):
@@ -616,58 +433,3 @@ def test_some_clips_of_a_photo_stand_still_and_most_move(tmp_path):
     clips = [samples.draw(samples.images, 3, index) for index in range(60)]
     still = sum((clip == clip[:1]).all() for clip in clips)
     assert 5 <= still <= 25  # 15 expected
-
-
-# ----------------------------------------------------------------------------------- the procedural world
-
-
-def warping_errors(world: data.Rendered, off: tuple[float, float] = (0, 0)) -> np.ndarray:
-    """Grey levels between each frame and the next one brought back along the flow, at all visible points."""
-    y, x = np.mgrid[: world.flow.shape[1], : world.flow.shape[2]].astype(np.float32)
-    errors = []
-    steps = zip(world.frames[:-1], world.frames[1:], world.flow, world.visible, strict=True)
-    for now, after, flow, visible in steps:
-        there_x, there_y = x + flow[..., 0] + off[0], y + flow[..., 1] + off[1]
-        back = cv2.remap(after.astype(np.float32), there_x, there_y, cv2.INTER_LINEAR)
-        errors.append(np.abs(back - now)[visible])
-    return np.concatenate(errors)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_flow_is_exact_where_interpolation_is(seed, monkeypatch):
-    """With textures so smooth that linear interpolation is exact, only rounding to 8 bits is left: no visible
-    point, however close to an edge, is off by more."""
-    monkeypatch.setattr(data, "BAND_LIMIT", 6.0)
-    errors = warping_errors(procedural_clip(generator(seed), 4, (128, 128), truth=True))
-    assert errors.max() < 2 and errors.mean() < 0.5
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_another_flow_explains_the_world_worse(seed):
-    world = procedural_clip(generator(seed), 6, (128, 160), truth=True)
-    exact = warping_errors(world).mean()
-    assert exact < 3 and world.visible.mean() > 0.5
-    for off in ((0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5)):
-        assert warping_errors(world, off).mean() > 1.5 * exact
-
-
-def test_a_square_that_moves_covers_what_lies_ahead():
-    """Known answer: a 20x20 square moves 3 pixels to the right over a ground that stands still."""
-    ground = np.full((96, 96, 3), 50, np.float32)
-    still, moves = np.ones(2, complex), np.array([24 + 24j, 27 + 24j])
-    square = np.full((40, 40, 3), 200, np.float32)  # two texels a pixel
-    leaves = [Leaf(ground, np.ones((96, 96), np.float32), still, still * (24 + 24j)),
-              Leaf(square, np.ones((40, 40), np.float32), still, moves)]  # fmt: skip
-    (first, owner), (second, after) = (draw_leaves(leaves, i, (48, 48)) for i in range(2))
-    assert (first[:, :-3][owner[:, :-3] == 1] == 200).all() and (second[owner == 0][:, 0] >= 50).all()
-    flow, visible = exact_flow(leaves, 0, [owner, after])
-    assert (flow[owner == 1] == (3, 0)).all() and (flow[owner == 0] == 0).all()
-    assert visible[24, 16:30].all() and visible[24, :12].all()  # inside the square, and behind it
-    assert not visible[24, 35:37].any() and owner[24, 35] == 0  # ground that the square reaches
-    assert visible[24, 39:47].all()  # ground that it does not
-
-
-def test_the_world_is_a_function_of_its_seed_and_truth_does_not_change_it():
-    one, other = (procedural_clip(generator(seed), 3, (48, 64)) for seed in (1, 2))
-    same = procedural_clip(generator(1), 3, (48, 64), truth=True)
-    assert (one.frames == same.frames).all() and (one.frames != other.frames).any() and one.flow is None

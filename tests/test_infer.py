@@ -19,7 +19,8 @@ from PIL import Image
 from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, times_of, with_sound
 
 import infer
-from data import generator, procedural_clip
+from data import generator
+from dead_leaves import procedural_clip
 from jobs import jobs_for, missing_segments
 from model import PRESETS, AdcVSR
 from segments import SEGMENT

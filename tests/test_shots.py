@@ -8,7 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data import generator, procedural_clip
+from data import generator
+from dead_leaves import procedural_clip
 from shots import AROUND, difference, in_shots, small
 from video import Frame, VideoReader
 

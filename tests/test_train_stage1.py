@@ -26,7 +26,8 @@ import infer
 import model
 import train_stage1
 from compact import CompactVSR
-from data import DataError, TrainingClips, loader, micro_batches
+from data import TrainingClips, loader, micro_batches
+from files import DataError
 from model import AdcVSR
 from perceptual import DISTS, dists_loss
 from runtime import UserError, World
