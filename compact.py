@@ -18,19 +18,10 @@ from einops import rearrange
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from model import (
-    SCALE,
-    AdcVSR,
-    Delay,
-    Student,
-    TemporalBlock,
-    WeightsError,
-    per_frame,
-    read_pickle,
-    require_shapes,
-)
+from model import SCALE, AdcVSR, Delay, Student, TemporalBlock, per_frame
 from perceptual import dists_loss
-from runtime import UserError, explained, freeze
+from pretrained import read_pickle, require_shapes
+from runtime import UserError, WeightsError, explained, freeze
 from warping import dis_flow, in_frame, unoccluded, warp
 
 REALESRGAN = Path(__file__).parent / "weights" / "realesr-general-x4v3.pth"  # the 2D start, half precision

@@ -35,8 +35,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
 from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments, suffixed
-from model import SCALE, AdcVSR, Student, WeightsError, adcsr_files, bicubic
-from runtime import UserError, ahead, explained, fast_dtype, printable, run
+from model import SCALE, Student, bicubic
+from pretrained import adcsr_files, from_adcsr
+from runtime import UserError, WeightsError, ahead, explained, fast_dtype, printable, run
 from segments import SEGMENT, ResumableWriter
 from shots import AROUND, in_shots
 from stream import CONTEXT, in_windows, peak_gb, stream
@@ -282,7 +283,7 @@ def side_by_side(frame: Frame, sr: np.ndarray) -> np.ndarray:
 def load_network(args: Args) -> Student:
     """The network that the flags ask for, on its device, in its dtype."""
     if args.adcsr is not None:  # without temporal blocks: they would start as the identity
-        net = AdcVSR.from_adcsr(*adcsr_files(args.adcsr), temporal="none")
+        net = from_adcsr(*adcsr_files(args.adcsr), temporal="none")
     else:
         net = load_student(args.weights)
         if args.weights == str(SHIPPED) and os.environ.get("RANK", "0") == "0":

@@ -24,8 +24,8 @@ from torchvision.transforms.functional import gaussian_blur
 
 import seedvr2
 from metrics import load_dover, psnr, strips
-from model import SCALE, Student, WeightsError, bicubic, per_frame
-from runtime import UserError, explained, freeze
+from model import SCALE, Student, bicubic, per_frame
+from runtime import UserError, WeightsError, explained, freeze
 from seedvr2 import LAST_STEP, NaDiT, VideoVAE
 from training import newest_checkpoint
 from video import to_clip, to_frames, to_network, to_uint8

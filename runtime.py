@@ -55,6 +55,10 @@ def optional(module: str) -> ModuleType:
         raise ImportError(f"{module} cannot be imported, {reason}") from error
 
 
+class WeightsError(UserError):
+    """A checkpoint that does not fit; the message is one line for the user."""
+
+
 class Unavailable(UserError):
     """What can be done without, and is not here."""
 

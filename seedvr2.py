@@ -23,8 +23,8 @@ from einops import rearrange, reduce, repeat
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model import WeightsError, maybe_checkpoint
-from runtime import explained
+from model import maybe_checkpoint
+from runtime import WeightsError, explained
 
 WINDOWS = (4, 3, 3)  # windows in a clip of the training's size, along t, h, w              Sec. 3.2
 LONGEST = 30  # longer clips, in latent frames, have more windows, not longer ones         Eq. 1

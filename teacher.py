@@ -23,18 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data import NOISE, generator
-from model import (
-    ADCSR,
-    LATENTS,
-    SCALE,
-    AdcVSR,
-    DecoderMidBlock,
-    HalfDecoder,
-    adcsr_files,
-    pad_to_multiple,
-    read_half_decoder,
-)
+from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple
 from model import PRESETS as STUDENTS
+from pretrained import ADCSR, adcsr_files, read_half_decoder
 from runtime import UserError, explained, freeze
 from seedvr2 import NaDiT, VideoVAE, restore
 

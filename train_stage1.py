@@ -26,8 +26,9 @@ from cache import training_clips
 from compact import CompactVSR, load_anchors
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from metrics import validate
-from model import AdcVSR, Student, TemporalAttention, TemporalBlock, adcsr_files
+from model import AdcVSR, Student, TemporalAttention, TemporalBlock
 from perceptual import dists_loss, load_dists
+from pretrained import adcsr_files, from_adcsr
 from runtime import init_world, run
 from teacher import Teacher, load_encoder, load_teacher
 from training import Run, Settings, parse, presets, require_positive
@@ -153,7 +154,7 @@ def new_student(cfg: Config) -> Student:
     kind = "temporal_kind" if cfg.temporal in ("double", "attention") else "temporal"
     changes = {kind: cfg.temporal, "pixel_skip": cfg.pixel_skip}
     if cfg.adcsr:
-        return AdcVSR.from_adcsr(*adcsr_files(cfg.adcsr), **changes)
+        return from_adcsr(*adcsr_files(cfg.adcsr), **changes)
     return AdcVSR(**model.PRESETS[cfg.student] | changes)
 
 

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from compact import Anchors, CompactVSR, load_anchors, warping_loss
-from model import WeightsError
 from perceptual import DISTS, dists_loss
-from runtime import UserError
+from runtime import UserError, WeightsError
 from stream import queue_bytes, stream
 
 SMALL = dict(features=8, layers=4, every=2)

@@ -23,8 +23,7 @@ import train_stage1
 import train_stage2
 from cache import CachedClips
 from data import Sources, TrainingClips
-from model import WeightsError
-from runtime import UserError
+from runtime import UserError, WeightsError
 from seedvr2 import LATENT_SCALE, PRESETS, NaDiT, VideoVAE, restore, window_size, windows
 from teacher import SeedVR2Teacher, is_results, load_teacher, noise_of
 from training import newest_checkpoint

@@ -16,8 +16,8 @@ from torch import nn
 import teacher
 from data import Sources, TrainingClips, loader, micro_batches, to_inputs
 from model import PRESETS as STUDENTS
-from model import AdcVSR, HalfDecoder, WeightsError
-from runtime import UserError, World
+from model import AdcVSR, HalfDecoder
+from runtime import UserError, WeightsError, World
 from teacher import EMPTY_PROMPT, DoveTeacher, FeatureEncoder, TeacherError, load_teacher, noise_of
 from video import to_network
 
