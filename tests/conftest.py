@@ -1,4 +1,4 @@
-"""Settings of every test: a core each, and nothing of ours uses what is about to be removed from a package."""
+"""Settings of every test: one core, and nothing of ours uses what a package is about to remove."""
 
 import os
 from pathlib import Path
