@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,12 +147,11 @@ def file_name(row: str, seed: int) -> str:
 def quality(checkpoints: dict[str, Path], args: Args, picture: str = "") -> dict[str, dict[str, float]]:
     """The scores of students, by name: on held-out clips where there are any, else on procedural ones."""
     given = dict(videos=args.videos, images=args.images, validation=args.validation, clips=args.clips)
-    weights = tuple(map(str, checkpoints.values()))
-    means = bench.quality(bench.Args("quality", weights=weights, picture=picture, **given))
-    kind = next(iter(means))[0]
-    return {
-        name: dict(zip(MEASURES, map(float, means[kind, path]))) for name, path in zip(checkpoints, weights)
-    }
+    bench_args = bench.Args("quality", weights=tuple(map(str, checkpoints.values())), picture=picture, **given)
+    clips = list(islice(bench.unseen_clips(bench_args), args.clips))
+    means = bench.quality(bench_args, clips)
+    kind = clips[0][0]
+    return {row: dict(zip(MEASURES, map(float, means[kind, str(c)]))) for row, c in checkpoints.items()}
 
 
 def once(file: Path, work: Callable[[], dict]) -> dict:
