@@ -147,9 +147,10 @@ def file_name(row: str, seed: int) -> str:
 def quality(checkpoints: dict[str, Path], args: Args, picture: str = "") -> dict[str, dict[str, float]]:
     """The scores of students, by name: on held-out clips where there are any, else on procedural ones."""
     given = dict(videos=args.videos, images=args.images, validation=args.validation, clips=args.clips)
-    bench_args = bench.Args("quality", weights=tuple(map(str, checkpoints.values())), picture=picture, **given)
-    clips = list(islice(bench.unseen_clips(bench_args), args.clips))
-    means = bench.quality(bench_args, clips)
+    weights = tuple(map(str, checkpoints.values()))
+    asked = bench.Args("quality", weights=weights, picture=picture, **given)
+    clips = list(islice(bench.unseen_clips(asked), args.clips))
+    means = bench.quality(asked, clips)
     kind = clips[0][0]
     return {row: dict(zip(MEASURES, map(float, means[kind, str(c)]))) for row, c in checkpoints.items()}
 
