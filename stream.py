@@ -119,8 +119,8 @@ class FusedAttention(TorchFunctionMode):
 def on_meta(net: Student) -> Student:
     """A twin of the network where shapes pass and nothing is computed."""
     with torch.device("meta"):
-        twin = type(net)(**net.config).to(next(net.parameters()).dtype)
-    return twin.to(memory_format=torch.channels_last)
+        twin = type(net)(**net.config)
+        return twin.for_inference(next(net.parameters()).dtype, net.attention)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from test_model import SMALL, Convolutions, awake, clip, distance, same_numbers_every_time  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
+import model
 from model import AdcVSR
 from runtime import UserError
 from stream import CONTEXT, Alive, Stream, in_halves, in_windows, peak_gb, queue_bytes, stream
@@ -34,6 +35,16 @@ def test_stream_equals_clip_for_uneven_chunks_of_odd_frames():
     net, lr = awake(AdcVSR(**SMALL)).double(), clip(b=2, t=11, h=9, w=17, dtype=torch.float64)
     result = torch.cat(list(stream(net, lr.split([4, 1, 3, 2, 1], dim=1))), dim=1)
     assert distance(result, net(lr)) <= 1e-12
+
+
+@torch.no_grad()
+def test_stream_equals_clip_with_attention_in_windows(monkeypatch):
+    monkeypatch.setattr(model, "WINDOW", 3)
+    net = awake(AdcVSR(**{**SMALL, "temporal": "block"}))
+    lr = clip(b=2, t=11, h=18, w=40, dtype=torch.float64)
+    full = net.double()(lr)
+    expected = net.for_inference(torch.float64, "windows")(lr)
+    assert distance(streamed(net, lr, 4), expected) <= 1e-12 and distance(expected, full) > 1e-3
 
 
 def test_an_iterator_without_chunks_gives_none():
