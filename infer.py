@@ -108,7 +108,9 @@ class Args:
     downscale: Literal[1, 4] = 1  # with --protocol: 4 for LQ stored at HR size
 
 
-CHANGES_RESULT = "chunk window attention shots color dtype device crf x264_preset protocol downscale start duration"
+CHANGES_RESULT = (
+    "chunk window attention shots color dtype device crf x264_preset protocol downscale start duration"
+)
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -327,7 +329,8 @@ def with_chunk(args: Args, size: tuple[int, int], network: Callable[[], Student]
     # Another number rounds otherwise. So it must not follow from what happens to be free: the same command,
     # started again, and all processes of a torchrun have to find the same one.
     cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return replace(args, chunk=chunk_that_fits(network(), *size[::-1], min(c.total_memory for c in cards) / 1e9))
+    gb, (w, h) = min(card.total_memory for card in cards) / 1e9, size
+    return replace(args, chunk=chunk_that_fits(network(), h, w, gb))
 
 
 # --- One clip ----------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ torch's own operations: each of those reads and writes the whole tensor. Here th
 computed in float32 and rounded once, the same numbers in every run. `fused` decides whether Triton's kernels
 run; elsewhere (CPU, MPS, no Triton) two plain lines of torch do, and say what the kernels compute.
 To a kernel a picture, channels-last in memory, is rows of c channels, one row for each position.
-`fold_upsampling` and `stack_linears` make layers cheaper, exactly; `window_places` makes attention cheaper, with
-another result. They need no kernel.
+`fold_upsampling` and `stack_linears` make layers cheaper, exactly, and `window_places` attention, with other
+results; they need no kernel.
 """
 
 from __future__ import annotations
@@ -556,7 +556,7 @@ def window_places(h: int, w: int, window: int, shift: int, device: torch.device)
 
 
 def along_axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """One axis of it: the positions in each window (windows places); each position's window, its place there."""
+    """One axis of it: each window's positions (windows places); each position's window, and place in it."""
     if size <= window:
         window, shift = size, 0
     position = torch.arange(size, device=device)

@@ -249,7 +249,7 @@ class ResnetBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention over the positions of one frame, or of windows of it; x (n h w c)."""
 
-    window, shift = None, 0  # None: every position sees the whole frame. See `Student.for_inference`
+    window, shift = None, 0  # None: every position sees the whole frame. See `Student.set_attention`
 
     def __init__(self, channels: int, heads: int, qkv_bias: bool):
         super().__init__()
@@ -553,7 +553,7 @@ class Student(nn.Module, PyTorchModelHubMixin):
     id, to and from; and `lag`. They are called alike, and `stream.py` takes each of them."""
 
     TAIL_FRAMES = 4  # frames that are decoded together in a stream: the 4x frames never pile up
-    attention = "full"  # or "windows": what each position of a frame sees, see `for_inference`
+    attention = "full"  # see `set_attention`
 
     @property
     def lag(self) -> int:
@@ -563,23 +563,29 @@ class Student(nn.Module, PyTorchModelHubMixin):
     def for_inference(self, dtype: torch.dtype, attention: str = "full") -> "Student":
         """In place, where it is: frozen, in this dtype and in the layout in which its layers are fast.
 
-        attention: "full", as in training, or in "windows" of 64x64 positions: another result, and less work
-        where a frame has more positions than those of training. `UserError` without spatial attention.
+        attention: see `set_attention`.
         """
-        attentions = [part for part in self.modules() if isinstance(part, SelfAttention)]
-        if attention == "windows":
-            if not attentions:
-                raise UserError(f"--attention windows: {type(self).__name__} has no attention over a frame")
-            # Choice: in all of them, which changes little but the finest grid, where the work is: on a coarser
-            # one a window reaches two or four times as far, or is the frame. Every second attention has its
-            # windows shifted by half of one, so that no border stays one.
-            for i, part in enumerate(attentions):
-                part.window, part.shift = WINDOW, i % 2 * WINDOW // 2
-            self.attention = attention
+        self.set_attention(attention)
         for part in self.modules():
             if isinstance(part, Upsample) and part.conv.weight.is_cuda:
                 part.fold()  # before rounding. Not on a CPU, whose transposed convolutions are slow
         return self.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def set_attention(self, attention: str, window: int = WINDOW) -> None:
+        """What each position of a frame sees: "full", as in training, all others; in "windows" of so many
+        positions a side those around it, another result, and less work where a frame has more positions than
+        those of training. `UserError` where there is no spatial attention.
+        """
+        attentions = [part for part in self.modules() if isinstance(part, SelfAttention)]
+        if attention == "windows" and not attentions:
+            raise UserError(f"--attention windows: {type(self).__name__} has no attention over a frame")
+        # Choice: in all of them, which changes little but the finest grid, where the work is: on a coarser
+        # one a window reaches two or four times as far, or is the frame. Every second attention has its
+        # windows shifted by half of one, so that no border stays one.
+        for i, part in enumerate(attentions):
+            part.window = window if attention == "windows" else None
+            part.shift = i % 2 * (window // 2)
+        self.attention = attention
 
     def save_pretrained(self, folder: str | Path, **options):
         """Writes the folder that `from_pretrained` reads."""

@@ -491,14 +491,15 @@ def test_a_network_for_inference_is_frozen_and_the_same_up_to_rounding():
 
 
 @torch.no_grad()
-def test_windows_change_only_what_is_larger_than_a_window(monkeypatch):
+def test_windows_change_only_what_is_larger_than_a_window():
     net, keys = awake(AdcVSR(**UNEVEN)).for_inference(torch.float32), AdcVSR(**UNEVEN).state_dict().keys()
-    monkeypatch.setattr(model, "WINDOW", 8)
     clips = clip(h=16, w=16), clip(h=16, w=48)  # 8x8 and 8x24 positions on the finest grid
     small, wide = map(net, clips)
-    net.for_inference(torch.float32, "windows")
+    net.set_attention("windows", window=8)
     assert torch.equal(net(clips[0]), small)
     assert distance(net(clips[1]), wide) > 1e-3
+    net.set_attention("full")
+    assert torch.equal(net(clips[1]), wide)
     assert net.state_dict().keys() == keys  # a setting of this network, not of its weights
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from test_model import SMALL, Convolutions, awake, clip, distance, same_numbers_every_time  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-import model
 from model import AdcVSR
 from runtime import UserError
 from stream import CONTEXT, Alive, Stream, in_halves, in_windows, peak_gb, queue_bytes, stream
@@ -38,12 +37,12 @@ def test_stream_equals_clip_for_uneven_chunks_of_odd_frames():
 
 
 @torch.no_grad()
-def test_stream_equals_clip_with_attention_in_windows(monkeypatch):
-    monkeypatch.setattr(model, "WINDOW", 3)
-    net = awake(AdcVSR(**{**SMALL, "temporal": "block"}))
+def test_stream_equals_clip_with_attention_in_windows():
+    net = awake(AdcVSR(**{**SMALL, "temporal": "block"})).double()
     lr = clip(b=2, t=11, h=18, w=40, dtype=torch.float64)
-    full = net.double()(lr)
-    expected = net.for_inference(torch.float64, "windows")(lr)
+    full = net(lr)
+    net.set_attention("windows", window=3)
+    expected = net(lr)
     assert distance(streamed(net, lr, 4), expected) <= 1e-12 and distance(expected, full) > 1e-3
 
 
