@@ -72,7 +72,7 @@ def test_infer_prints_its_rows(capsys):
 def test_data_prints_its_rows_of_files_too(capsys, tmp_path):
     (tmp_path / "photos").mkdir()
     for k in range(8):
-        bench.write_sample(tmp_path / f"{k}.mp4", 8)
+        bench.write_sample(tmp_path / f"{k}.mp4", 8, (48, 64))
         frame = bench.procedural_clip(bench.generator(k), 1, (96, 96)).frames[0]
         bench.imageio.imwrite(tmp_path / f"photos/{k}.png", frame)
     args = Args("data", videos=str(tmp_path), images=str(tmp_path / "photos"), clips=1)

@@ -51,6 +51,11 @@ def test_at_start_it_is_the_2d_network(shape):
     torch.testing.assert_close(net(lr).flatten(0, 1), expected, rtol=0, atol=1e-5)
 
 
+def test_it_says_that_it_has_no_attention_to_cut_into_windows():
+    with pytest.raises(UserError, match="windows: CompactVSR has no attention over a frame"):
+        CompactVSR(**SMALL).for_inference(torch.float32, "windows")
+
+
 def test_the_2d_network_has_the_published_size():
     net = CompactVSR.from_realesrgan(WEIGHTS)
     assert sum(p.numel() for p in net.body.parameters()) == 1_213_296
