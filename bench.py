@@ -4,10 +4,12 @@
     heads     the same of tiny's stage 2, trained once for each split of the heads' channels (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
+    attention full attention against windows of it: PSNR between both results, and whether borders show
+    end2end   infer.py from file to file with x264, and the network alone: full attention and windows
     table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
     train1    one step of stage 1 on one clip: seconds, memory, operations, profile
     train2    one step of stage 2
-    gpu       in four minutes what a GPU has to say: network, train1, train2, table1
+    gpu       in six minutes what a GPU has to say: network, end2end, train1, train2, table1
     data      seconds of a core for each part of loading; a list of a million files
 
 On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute but for `heads`.
@@ -25,14 +27,17 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
+from unittest.mock import patch
 
 import imageio.v3 as imageio
 import numpy as np
@@ -42,6 +47,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import Positional
 
+import infer as infer_script
 import kernels
 import train_stage1
 import train_stage2
@@ -50,9 +56,10 @@ from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips
 from dead_leaves import procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
+from files import list_files
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
 from metrics import detail, psnr, ssim, strips
-from model import PRESETS, SCALE, AdcVSR, DecoderMidBlock, Upsample, bicubic
+from model import PRESETS, SCALE, UNSHUFFLE, WINDOW, AdcVSR, DecoderMidBlock, Upsample, bicubic
 from perceptual import DISTS, VGG16, efficientnet_lite, map_similarity
 from runtime import UserError, World, run
 from seedvr2 import PRESETS as SEEDVR2
@@ -61,7 +68,17 @@ from shots import in_shots
 from stream import Stream, decoded
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
 from training import newest_checkpoint, peak_memory
-from video import Frame, VideoWriter, to_clip, to_frames, to_network, to_uint8
+from video import (
+    VIDEO_SUFFIXES,
+    Frame,
+    VideoReader,
+    VideoWriter,
+    centre,
+    to_clip,
+    to_frames,
+    to_network,
+    to_uint8,
+)
 from warping import dis_flow, warping_errors
 
 ROOT = Path(__file__).parent
@@ -69,17 +86,21 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-TABLES = Literal["quality", "heads", "infer", "network", "table1", "train1", "train2", "data", "gpu"]
+TABLES = Literal[
+    "quality", "heads", "infer", "network", "attention", "end2end", "table1", "train1", "train2", "data",
+    "gpu",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Args:
     what: Annotated[Positional[TABLES], tyro.conf.arg(metavar="WHAT")]  # the table
-    videos: str = ""  # clips, a folder or a list, for quality, heads and data
+    videos: str = ""  # clips, a folder or a list, for quality, heads, attention and data
     images: str = ""  # photos, for the same
     validation: str = ""  # those of them that training left out, said as in training
-    weights: tuple[str, ...] = (str(SHIPPED),)  # for quality: students; for heads: the one to begin with
-    clips: int = 8  # of a kind, for quality, heads and data
+    # for quality and attention: students; for heads: the one to begin with
+    weights: tuple[str, ...] = (str(SHIPPED),)
+    clips: int = 8  # of a kind, for quality, heads, attention and data
     picture: str = ""  # for quality: a PNG of bicubic, students and HR
     flags: str = "--steps 400"  # for heads: more flags of train_stage2.py
     backbone: str = BACKBONE  # for train2, on a GPU: D_pixel's ConvNeXt
@@ -164,9 +185,9 @@ def unseen_clips(args: Args) -> Iterator[tuple]:
         yield "procedural", str(seed), world.frames, lr, {"flow": (flow, flow), "visible": visible}
 
 
-def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
-    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, their means by (kind of
-    clip, student). Distance: see `Judge`.
+def quality(args: Args, clips: Iterable[tuple] = ()) -> dict[tuple[str, str], np.ndarray]:
+    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, those of `unseen_clips`
+    if none are given; their means by (kind of clip, student). Distance: see `Judge`.
 
     E*_warp, corrected: on procedural clips under their exact flow, else under OpenCV's DIS. The picture shows
     every third clip: a frame of each side above a row over time.
@@ -176,7 +197,7 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     judge = Judge(device)
     print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
     rows, panels = {}, []
-    for number, (kind, name, hr, lr, motion) in enumerate(unseen_clips(args)):
+    for number, (kind, name, hr, lr, motion) in enumerate(clips or unseen_clips(args)):
         x, hr = to_network(to_clip(lr)).to(device), to_clip(hr)
         with torch.no_grad():
             results = {"bicubic": bicubic(x)} | {name: net(x[None])[0] for name, net in students.items()}
@@ -267,14 +288,15 @@ def infer(args: Args) -> None:
     with TemporaryDirectory() as folder:
         for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"
-            write_sample(clip, length)
+            write_sample(clip, length, (48, 64))
             spent, _, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
             print(f"infer.py, {length:3} frames of 64x48  {spent:6.1f} s  {peak:6.0f} MB", flush=True)
 
 
-def write_sample(path: Path, frames: int) -> None:
-    pictures = procedural_clip(generator(0), 50, (48, 64)).frames
-    with VideoWriter(path, 64, 48, 25) as out:
+def write_sample(path: Path, frames: int, size: tuple[int, int]) -> None:
+    """A clip of `size` (h, w), 25 frames a second."""
+    pictures = procedural_clip(generator(0), 50, size).frames
+    with VideoWriter(path, *size[::-1], 25) as out:
         for i in range(frames):
             out.write(pictures[min(i % 100, 99 - i % 100)])  # to and fro
 
@@ -335,13 +357,8 @@ def network(args: Args) -> None:
     torch.backends.cudnn.allow_tf32 = True
     net.for_inference(torch.bfloat16)
     folded = {part: part.folded for part in net.modules() if isinstance(part, Upsample)}
-    state = Stream(net)
-    for _ in range(-(-(net.lag + 1) // hd[0]) + 1):  # until what goes in comes out
-        state.step(net.encode, lr_hd)
-
-    def chunk() -> None:
-        for _ in decoded(net, *state.step(net.encode, lr_hd), lr_hd.shape):
-            pass
+    state = in_mid_stream(net, lr_hd)
+    chunk = partial(one_more, net, state, lr_hd)
 
     def rung(name: str) -> None:
         error = (net(lr_small) - exact).norm() / exact.norm()
@@ -365,8 +382,140 @@ def network(args: Args) -> None:
         attempt("tail", partial(rung, f"tail of {net.TAIL_FRAMES} frames"))
 
 
+def in_mid_stream(net: AdcVSR, chunk: Tensor) -> Stream:
+    """A stream of such chunks, after so many that what goes in comes out."""
+    state = Stream(net)
+    for _ in range(-(-(net.lag + 1) // chunk.shape[1]) + 1):
+        state.step(net.encode, chunk)
+    return state
+
+
+def one_more(net: AdcVSR, state: Stream, chunk: Tensor) -> None:
+    deque(decoded(net, *state.step(net.encode, chunk), chunk.shape), maxlen=0)
+
+
+# ---- Attention in windows ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def attention(args: Args) -> None:
+    """Results of students with attention over whole frames and in windows, on real clips or procedural ones.
+
+    seams: the mean step from a pixel to the next across a window's border over that elsewhere, near 1 where
+    no border shows: in both results, and in the difference between them, where no picture hides it.
+    """
+    frames, h, w = (25, 270, 480) if ON_GPU else (2, 240, 320)
+    device, dtype = choose_device_and_dtype("auto", "auto")
+    print(f"{frames}x{h}x{w} or what a clip has of it, {str(dtype)[6:]}, {machine()}")
+    paths = islice(list_files(args.videos, VIDEO_SUFFIXES), args.clips) if args.videos else ()
+    clips = {path.name: first_frames(path, frames, (h, w)) for path in paths}
+    clips = clips or {str(k): procedural_clip(generator(k), frames, (h, w)).frames for k in range(args.clips)}
+    for name in args.weights:
+        net = load_student(name).to(device).for_inference(dtype)
+        # Windows of 64 positions of the finest grid are as wide as the frames of training. For a student with
+        # attention on coarser grids alone, as tiny, they are as wide in pixels: there have to be borders.
+        level = net.config["attention"].index(True)
+        rows = []
+        for clip, rgb in clips.items():
+            lr, results = to_network(to_clip(rgb)).to(device)[None], []
+            for kind in "full", "windows":
+                net.set_attention(kind, WINDOW >> level)
+                results.append(to_uint8(net(lr))[0].cpu())
+            full, windows = results
+            values = {"psnr": psnr(windows, full).mean().item()}
+            shown = {"full": full, "windows": windows, "difference": windows.float() - full.float()}
+            border = WINDOW // 2 * UNSHUFFLE * SCALE  # pixels from one, shifted or not, to the next
+            values |= {f"seams_{side}": seams(picture, border) for side, picture in shown.items()}
+            report(f"{Path(name).name}, {clip}", **values)
+            rows.append(list(values.values()))
+        report(f"{Path(name).name}, mean", **dict(zip(values, np.mean(rows, axis=0).tolist())))
+
+
+def first_frames(path: Path, frames: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """The first frames (h w 3) of a video, their centre where they are larger than size (h, w)."""
+    with VideoReader(path) as reader:
+        return [frame.rgb[centre(frame.rgb.shape[:2], size)] for frame in islice(reader, frames)]
+
+
+def seams(x: Tensor, border: int) -> float:
+    """x (... h w): mean step between two pixels at each multiple of `border`, over that everywhere else."""
+    across, within = [], []
+    for picture in (x.float(), x.float().mT):
+        step = picture.diff(dim=-1).abs().flatten(0, -2).mean(dim=0)
+        there = torch.arange(1, picture.shape[-1]) % border == 0
+        across.append(step[there])
+        within.append(step[~there])
+    return (torch.cat(across).mean() / torch.cat(within).mean()).item()
+
+
+@torch.no_grad()
+def end2end(args: Args) -> None:
+    """The network alone and infer.py from file to file, with attention over whole frames and in windows.
+
+    Frames a second of infer.py without its start: of the frames that a longer run has more than a short one.
+    """
+    (h, w), preset, (short, long) = ((270, 480), "full", (40, 240)) if ON_GPU else ((48, 64), "tiny", (8, 40))
+    with torch.device(DEVICE):  # untrained it is the bicubic x4, so that x264 gets pictures
+        net = AdcVSR(**PRESETS[preset] | {"pixel_skip": True}).for_inference(torch.bfloat16)
+    print(f"{w}x{h} -> x4, bfloat16, {machine()}")
+    lr = torch.rand(1, CHUNK, 3, h, w, device=DEVICE) * 2 - 1
+
+    def network_alone(kind: str) -> None:
+        net.set_attention(kind)
+        state = in_mid_stream(net, lr)
+        spent = seconds(partial(one_more, net, state, lr), 3) / CHUNK
+        report(f"stream, {kind}", s_a_frame=spent, frames_per_s=1 / spent, gb=peak_memory())
+
+    def clip(t: int, side: int) -> None:
+        x, results = torch.rand(1, t, 3, side, side, device=DEVICE) * 2 - 1, []
+        for kind in "full", "windows":
+            net.set_attention(kind)
+            results.append(net(x))
+            report(f"clip of {t}x{side}x{side}, {kind}", s=seconds(partial(net, x), 3), gb=peak_memory())
+        report("clip, both the same", same=torch.equal(*results))  # a window is as large as its frames
+
+    def upscale(frames: int, *flags: str) -> float:
+        start, result = time.perf_counter(), folder / "x4.mp4"
+        command = ["infer.py", str(sample), "-o", str(result), "--duration", str(frames / 25), *flags]
+        with patch.object(sys, "argv", command):
+            infer_script.main()
+        result.unlink()
+        return time.perf_counter() - start
+
+    def whole(kind: str, x264: str) -> None:
+        net.set_attention(kind)
+        flags = "--attention", kind, "--x264-preset", x264, "--dtype", "bfloat16"
+        with patch.object(infer_script, "load_network", lambda _: net):
+            start, spent = upscale(short, *flags), upscale(long, *flags)
+        rate = (long - short) / (spent - start)
+        report(f"infer.py, {kind}, x264 {x264}", frames_per_s=rate, frames=long, s=spent, gb=peak_memory())
+
+    def process() -> None:
+        net.save_pretrained(folder / "weights")
+        code = "import runpy; runpy.run_path('infer.py', run_name='__main__')"
+        spent, _, mb = as_process(code, sample, "--weights", folder / "weights", "--dtype", "bfloat16")
+        report("infer.py, a process", frames_per_s=long / spent, frames=long, s=spent, host_gb=mb / 1e3)
+
+    for kind in "full", "windows":
+        attempt(f"stream, {kind}", partial(network_alone, kind))
+    attempt("clip", partial(clip, *((25, 128) if ON_GPU else (2, 16))))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        sample = folder / "sample.mp4"
+        write_sample(sample, long, (h, w))
+        with patch.object(infer_script, "load_network", lambda _: net):
+            upscale(short, "--dtype", "bfloat16")  # to warm up
+        for kind, x264 in (("full", "medium"), ("full", "veryfast"), ("windows", "veryfast")):
+            attempt(f"infer.py, {kind}, x264 {x264}", partial(whole, kind, x264))
+        attempt("process", process)
+
+
+# ---- All of it ---------------------------------------------------------------------------------------------
+
+
 GPU = {  # table: seconds that it may take
-    "network": 90, "train1": 60, "train2": 80, "table1 --methods DOVE AdcVSR 'AdcSR, frame by frame'": 60,
+    "network": 90, "end2end": 120, "train1": 60, "train2": 80,
+    "table1 --methods DOVE AdcVSR 'AdcSR, frame by frame'": 60,
 }  # fmt: skip
 
 
@@ -562,7 +711,8 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
 
 
 WORK = {
-    "quality": quality, "heads": heads, "infer": infer, "network": network, "table1": table1,
+    "quality": quality, "heads": heads, "infer": infer, "network": network,
+    "attention": attention, "end2end": end2end, "table1": table1,
     "train1": partial(train, train_stage1), "train2": partial(train, train_stage2), "data": data, "gpu": gpu,
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache
 from itertools import chain, groupby, islice, pairwise, repeat
@@ -61,7 +61,8 @@ DEMO_NOTICE = (
     "frame --adcsr (AdcSR's official weights, fetched once)."
 )
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
-CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy, few enough for its memory
+CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy
+ROOM = 0.85  # share of a GPU's memory for the tensors that are counted
 PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
 
@@ -89,8 +90,9 @@ class Args:
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
     # AdcSR frame by frame: from the hub, or its two official files
     adcsr: Annotated[tuple[str, ...] | None, ADCSRS] = None
-    chunk: int = CHUNK  # frames a step
+    chunk: int = 0  # frames a step (0: 8, or fewer where the GPU's memory asks for it)
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
+    attention: Literal["full", "windows"] = "full"  # windows: each position of a frame sees those around it
     shots: Literal["auto", "none"] = "auto"  # auto: no shot sees another; none: the clip is one
     color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is fast
@@ -107,7 +109,9 @@ class Args:
     downscale: Literal[1, 4] = 1  # with --protocol: 4 for LQ stored at HR size
 
 
-CHANGES_RESULT = "chunk window shots color dtype device crf x264_preset protocol downscale start duration"
+CHANGES_RESULT = (
+    "chunk window attention shots color dtype device crf x264_preset protocol downscale start duration"
+)
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -115,7 +119,7 @@ def parse(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, **described)
     wrong = {
         "no input: name a video, a folder of frames, an image, or a folder of clips": not args.input,
-        f"--chunk {args.chunk}: give 1 or more": args.chunk < 1,
+        f"--chunk {args.chunk}: give 1 or more": args.chunk < 0,
         f"--window {args.window}: give more than {2 * CONTEXT}, the frames that overlap": (
             args.window and args.window <= 2 * CONTEXT
         ),
@@ -293,7 +297,7 @@ def load_network(args: Args) -> Student:
         net = net.to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not available here. Use --device cpu.") from error
-    return net.for_inference(dtype)
+    return net.for_inference(dtype, args.attention)
 
 
 def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
@@ -307,6 +311,27 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
         fast = fast_dtype(device)
         return device, torch.float16 if device.startswith("cuda") and fast == torch.float32 else fast
     return device, getattr(torch, dtype)
+
+
+@cache
+def chunk_that_fits(net: Student, h: int, w: int, gb: float) -> int:
+    """Frames a step: CHUNK, halved until a stream of (h, w) frames needs no more than ROOM of so many GB."""
+    chunk = CHUNK
+    while chunk > 1 and peak_gb(net, h, w, chunk) > ROOM * gb:
+        chunk //= 2
+    return chunk
+
+
+def with_chunk(args: Args, size: tuple[int, int], network: Callable[[], Student]) -> Args:
+    """args with the frames a step that a clip of `size` (w, h) gets if they are not given."""
+    device = torch.device(choose_device_and_dtype(args.device, args.dtype)[0])
+    if args.chunk or args.window or device.type != "cuda":
+        return replace(args, chunk=args.chunk or CHUNK)
+    # Another number rounds otherwise. So it must not follow from what happens to be free: the same command,
+    # started again, and all processes of a torchrun have to find the same one.
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    gb, (w, h) = min(card.total_memory for card in cards) / 1e9, size
+    return replace(args, chunk=chunk_that_fits(network(), h, w, gb))
 
 
 # --- One clip ----------------------------------------------------------------------------------------
@@ -385,6 +410,7 @@ def print_notes(notes: Iterable[str]) -> None:
 def upscale(job: Job, clip: Path, output: Path, net: Student, args: Args, crew: Crew) -> None:
     """A clip, or one of its parts: read -> network -> colour -> write."""
     with VideoReader(clip, args.start) as reader, ExitStack() as stack:
+        args = with_chunk(args, input_size(reader, args), lambda: net)
         writers = writers_for(output, reader, args, shared=job.parts > 1)
         known, total = list(reader.notes), job.end or expected_frames(reader, args)
         reach, grid = (args.window - 1, args.window - 2 * CONTEXT) if args.window else (net.lag, args.chunk)
@@ -466,9 +492,10 @@ def main() -> None:
             with attempt(n), VideoReader(clip, args.start) as reader:
                 if output in outputs[:n]:
                     raise UserError(f"{clip}: {output} is another input's result. Give each its own -o.")
-                writers[n] = writers_for(output, reader, args)
+                sized = with_chunk(args, input_size(reader, args), network)
+                writers[n] = writers_for(output, reader, sized)
                 finished = set.intersection(*(writer.finished() for writer in writers[n]))
-                print_plan(network(), reader, output, len(finished), args)
+                print_plan(network(), reader, output, len(finished), sized)
                 print_notes(reader.notes)
                 missing[n] = missing_segments(finished, expected_frames(reader, args) or 0)
         jobs = [] if args.dry_run else jobs_for(missing, processes)

@@ -11,7 +11,8 @@ torch's own operations: each of those reads and writes the whole tensor. Here th
 computed in float32 and rounded once, the same numbers in every run. `fused` decides whether Triton's kernels
 run; elsewhere (CPU, MPS, no Triton) two plain lines of torch do, and say what the kernels compute.
 To a kernel a picture, channels-last in memory, is rows of c channels, one row for each position.
-`fold_upsampling` and `stack_linears` make layers cheaper, exactly; they need no kernel.
+`fold_upsampling` and `stack_linears` make layers cheaper, exactly, and `window_places` attention, with other
+results; they need no kernel.
 """
 
 from __future__ import annotations
@@ -530,3 +531,35 @@ def stack_linears(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Linears of one input as a single one: weight (sum of c_out, c_in) and bias, or None without one."""
     biases = [f.bias for f in linears]
     return torch.cat([f.weight for f in linears]), None if None in biases else torch.cat(biases)
+
+
+# ------------------------------------------------------------------------------------------------------
+# Attention in windows
+
+
+def window_places(h: int, w: int, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A map of h x w positions in windows of window x window, all in one call of full attention.
+
+    Returns which position each place of each window shows (windows places), and which place of all windows in
+    a row answers for each position (h w). A side no longer than a window has one window.
+
+    Choice: windows that would reach over the frame's edge are moved inside, where they overlap others, and a
+    position is answered by the window that it would be in without. So all windows are full and of one size:
+    no mask, which would cost the fast kernels, and no position sees fewer others than in training.
+    """
+    (rows, down, row), (columns, across, column) = (
+        along_axis(size, window, shift, device) for size in (h, w)
+    )
+    shown = rows[:, None, :, None] * w + columns[:, None, :]  # (windows down, across, places down, across)
+    number, place = down[:, None] * len(columns) + across, row[:, None] * columns.shape[1] + column
+    return shown.flatten(2).flatten(0, 1), (number * shown[0, 0].numel() + place).flatten()
+
+
+def along_axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """One axis of it: each window's positions (windows places); each position's window, and place in it."""
+    if size <= window:
+        window, shift = size, 0
+    position = torch.arange(size, device=device)
+    own, windows = (position + shift) // window, (size - 1 + shift) // window + 1
+    first = (torch.arange(windows, device=device) * window - shift).clamp(0, size - window)
+    return first[:, None] + position[:window], own, position - first[own]

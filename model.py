@@ -22,10 +22,20 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels import add_bias, fold_upsampling, geglu, group_norm, norm_silu, stack_linears, without_bias
-from runtime import WeightsError, explained
+from kernels import (
+    add_bias,
+    fold_upsampling,
+    geglu,
+    group_norm,
+    norm_silu,
+    stack_linears,
+    window_places,
+    without_bias,
+)
+from runtime import UserError, WeightsError, explained
 
 SCALE = 4  # output size over input size
+WINDOW = 64  # positions a side of a window of attention, as many as the frames of training have
 UNSHUFFLE = 2  # pixel-unshuffle factor: the UNet works at half the LR size          AdcSR Sec. 3.2
 LATENTS = 4  # channels of SD2.1's latents
 KEEP = 0.75  # share of SD2.1's UNet channels that is kept                          AdcSR Sec. 3.2
@@ -231,7 +241,9 @@ class ResnetBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the positions of one frame; x (n l c)."""
+    """Multi-head self-attention over the positions of one frame, or of windows of it; x (n h w c)."""
+
+    window, shift = None, 0  # None: every position sees the whole frame. See `Student.set_attention`
 
     def __init__(self, channels: int, heads: int, qkv_bias: bool):
         super().__init__()
@@ -244,11 +256,18 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not len(x):  # at a stream's start no frame has come this deep, and CUDA's kernels refuse none
             return x
-        y = F.linear(x, *stack_linears(self.to_q, self.to_k, self.to_v))
+        n, h, w, _ = x.shape
+        in_windows = self.window and max(h, w) > self.window
+        y = F.linear(x, *stack_linears(self.to_q, self.to_k, self.to_v)).flatten(1, 2)
+        if in_windows:
+            shown, answer = window_places(h, w, self.window, self.shift, x.device)
+            y = rearrange(y[:, shown], "n windows l c -> (n windows) l c")
         q, k, v = rearrange(y, "n l (three m d) -> three n m l d", three=3, m=self.heads)
         # Softmax scale d^-0.5 of the pruned head (d = 48 at full size), as AdcSR's weights were trained with.
-        x = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(x, "n m l d -> n l (m d)"))
+        y = rearrange(F.scaled_dot_product_attention(q, k, v), "n m l d -> n l (m d)")
+        if in_windows:
+            y = rearrange(y, "(n windows) l c -> n (windows l) c", n=n)[:, answer]
+        return self.to_out(y).view(x.shape)
 
 
 class GEGLU(nn.Module):
@@ -272,7 +291,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and feed-forward; SD2.1's cross-attention (attn2, norm2) is removed. x (n l c)."""
+    """Self-attention and feed-forward; SD2.1's cross-attention (attn2, norm2) is removed. x (n h w c)."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
@@ -297,10 +316,9 @@ class TransformerBlock(nn.Module):
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        y = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
+        y = self.proj_in(rearrange(self.norm(x), "n c h w -> n h w c"))
         y = self.proj_out(self.transformer_blocks[0](y))
-        return x + rearrange(y, "n (h w) c -> n c h w", h=h, w=w)
+        return x + rearrange(y, "n h w c -> n c h w")
 
 
 class DecoderAttention(SelfAttention):
@@ -311,9 +329,8 @@ class DecoderAttention(SelfAttention):
         self.group_norm = GroupNorm(channels, config, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[-2:]
-        y = super().forward(rearrange(self.group_norm(x), "n c h w -> n (h w) c"))
-        return x + rearrange(y, "n (h w) c -> n c h w", h=h, w=w)
+        y = super().forward(rearrange(self.group_norm(x), "n c h w -> n h w c"))
+        return x + rearrange(y, "n h w c -> n c h w")
 
 
 class Downsample(nn.Module):
@@ -530,18 +547,39 @@ class Student(nn.Module, PyTorchModelHubMixin):
     id, to and from; and `lag`. They are called alike, and `stream.py` takes each of them."""
 
     TAIL_FRAMES = 4  # frames that are decoded together in a stream: the 4x frames never pile up
+    attention = "full"  # see `set_attention`
 
     @property
     def lag(self) -> int:
         """Frames that a stream holds back: one for each temporal convolution, all on one path."""
         return sum(isinstance(m, TemporalConv) for m in self.modules())
 
-    def for_inference(self, dtype: torch.dtype) -> "Student":
-        """In place, where it is: frozen, in this dtype and in the layout in which its layers are fast."""
+    def for_inference(self, dtype: torch.dtype, attention: str = "full") -> "Student":
+        """In place, where it is: frozen, in this dtype and in the layout in which its layers are fast.
+
+        attention: see `set_attention`.
+        """
+        self.set_attention(attention)
         for part in self.modules():
             if isinstance(part, Upsample) and part.conv.weight.is_cuda:
                 part.fold()  # before rounding. Not on a CPU, whose transposed convolutions are slow
         return self.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    def set_attention(self, attention: str, window: int = WINDOW) -> None:
+        """What each position of a frame sees: "full", as in training, all others; in "windows" of so many
+        positions a side those around it, another result, and less work where a frame has more positions than
+        those of training. `UserError` where there is no spatial attention.
+        """
+        attentions = [part for part in self.modules() if isinstance(part, SelfAttention)]
+        if attention == "windows" and not attentions:
+            raise UserError(f"--attention windows: {type(self).__name__} has no attention over a frame")
+        # Choice: in all of them, which changes little but the finest grid, where the work is: on a coarser
+        # one a window reaches two or four times as far, or is the frame. Every second attention has its
+        # windows shifted by half of one, so that no border stays one.
+        for i, part in enumerate(attentions):
+            part.window = window if attention == "windows" else None
+            part.shift = i % 2 * (window // 2)
+        self.attention = attention
 
     def save_pretrained(self, folder: str | Path, **options):
         """Writes the folder that `from_pretrained` reads."""

@@ -101,10 +101,11 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        for x in filter(torch.is_tensor, tree_leaves(result)):
-            self.bytes[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
-        self.bytes = {storage: size for storage, size in self.bytes.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self.bytes.values()))
+        storages = [x.untyped_storage() for x in tree_leaves(result) if torch.is_tensor(x)]
+        made = {StorageWeakRef(storage): storage.nbytes() for storage in storages}
+        if not made.keys() <= self.bytes.keys():  # or it is a view
+            self.bytes = {storage: n for storage, n in self.bytes.items() if not storage.expired()} | made
+            self.peak = max(self.peak, sum(self.bytes.values()))
         return result
 
 
@@ -119,8 +120,8 @@ class FusedAttention(TorchFunctionMode):
 def on_meta(net: Student) -> Student:
     """A twin of the network where shapes pass and nothing is computed."""
     with torch.device("meta"):
-        twin = type(net)(**net.config).to(next(net.parameters()).dtype)
-    return twin.to(memory_format=torch.channels_last)
+        twin = type(net)(**net.config)
+        return twin.for_inference(next(net.parameters()).dtype, net.attention)
 
 
 @torch.no_grad()

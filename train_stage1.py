@@ -29,7 +29,7 @@ from metrics import validate
 from model import AdcVSR, Student, TemporalAttention, TemporalBlock
 from perceptual import dists_loss, load_dists
 from pretrained import adcsr_files, from_adcsr
-from runtime import init_world, run
+from runtime import UserError, init_world, run
 from teacher import Teacher, load_encoder, load_teacher
 from training import Run, Settings, parse, presets, require_positive
 
@@ -150,7 +150,10 @@ def learning_rate(step: int, cfg: Config) -> float:
 def new_student(cfg: Config) -> Student:
     """The student before training: a 2D network augmented with temporal blocks, or at random weights."""
     if cfg.student == "compact":
-        return CompactVSR.from_realesrgan()
+        if cfg.temporal == "block":
+            raise UserError("--temporal block: compact has no blocks. Give layer, none, double or attention.")
+        kind = "conv" if cfg.temporal == "layer" else cfg.temporal
+        return CompactVSR.from_realesrgan(temporal_kind=kind)
     kind = "temporal_kind" if cfg.temporal in ("double", "attention") else "temporal"
     changes = {kind: cfg.temporal, "pixel_skip": cfg.pixel_skip}
     if cfg.adcsr:

@@ -40,7 +40,7 @@ def test_table_1_counts_the_papers_parameters_and_times_every_method(capsys):
     assert len(re.findall(r"[\d.]+ B", out)) == 2 * len(bench.PAPER)
 
 
-@pytest.mark.parametrize("stage", ["train1", "train2"])
+@pytest.mark.parametrize("stage", ["train1", pytest.param("train2", marks=pytest.mark.slow)])
 def test_a_training_step_is_timed_and_its_operations_counted(stage, capsys):
     bench.WORK[stage](Args(stage))
     done = re.search(r"([\d.e-]+) s a step, ([\d.e-]+) TFLOP: ([\d.e-]+) TFLOP/s", capsys.readouterr().out)
@@ -72,7 +72,7 @@ def test_infer_prints_its_rows(capsys):
 def test_data_prints_its_rows_of_files_too(capsys, tmp_path):
     (tmp_path / "photos").mkdir()
     for k in range(8):
-        bench.write_sample(tmp_path / f"{k}.mp4", 8)
+        bench.write_sample(tmp_path / f"{k}.mp4", 8, (48, 64))
         frame = bench.procedural_clip(bench.generator(k), 1, (96, 96)).frames[0]
         bench.imageio.imwrite(tmp_path / f"photos/{k}.png", frame)
     args = Args("data", videos=str(tmp_path), images=str(tmp_path / "photos"), clips=1)

@@ -50,6 +50,11 @@ def test_at_start_it_is_the_2d_network(shape):
     torch.testing.assert_close(net(lr).flatten(0, 1), expected, rtol=0, atol=1e-5)
 
 
+def test_it_says_that_it_has_no_attention_to_cut_into_windows():
+    with pytest.raises(UserError, match="windows: CompactVSR has no attention over a frame"):
+        CompactVSR(**SMALL).for_inference(torch.float32, "windows")
+
+
 def test_the_2d_network_has_the_published_size():
     net = CompactVSR.from_realesrgan(WEIGHTS)
     assert sum(p.numel() for p in net.body.parameters()) == 1_213_296
@@ -137,3 +142,12 @@ def test_its_settings_must_go_together():
     with pytest.raises(UserError, match="--lambda-2d: .* --dists, which is none"):
         load_anchors(settings, None)
     assert load_anchors(SimpleNamespace(lambda_2d=0.0, lambda_warp=0.0), None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, blocks", [("none", 0), ("conv", 8), ("double", 8), ("attention", 8)])
+def test_every_row_of_table_5_starts_as_the_2d_network(kind, blocks):
+    lr = torch.rand(1, 3, 3, 6, 6) * 2 - 1
+    net = CompactVSR.from_realesrgan(temporal_kind=kind)
+    assert len(net.temporal) == blocks
+    torch.testing.assert_close(net(lr), CompactVSR.from_realesrgan()(lr), rtol=0, atol=1e-6)

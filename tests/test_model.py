@@ -272,18 +272,42 @@ def test_half_decoder_equals_diffusers_from_its_mid_block_on():
 def test_softmax_scale_is_that_of_the_pruned_head():
     attention = model.SelfAttention(2 * 48, heads=2, qkv_bias=False)
     nn.init.normal_(attention.to_q.weight)  # sharp enough for the scale to matter
-    x = torch.randn(1, 5, 96)
+    x = torch.randn(1, 1, 5, 96)
+    assert distance(attention(x), naive_attention(attention, x, 48)) < 1e-5
+    assert distance(attention(x), naive_attention(attention, x, 64)) > 1e-3  # SD2.1's unpruned head
 
-    def manual(head_width):
-        q, k, v = (
-            rearrange(f(x), "n l (m d) -> n m l d", m=2)
-            for f in (attention.to_q, attention.to_k, attention.to_v)
-        )
-        weights = torch.softmax(q @ k.mT * head_width**-0.5, dim=-1)
-        return attention.to_out(rearrange(weights @ v, "n m l d -> n l (m d)"))
 
-    assert distance(attention(x), manual(48)) < 1e-5
-    assert distance(attention(x), manual(64)) > 1e-3  # SD2.1's unpruned head
+def naive_attention(attention, x, head_width, seen=True):
+    """Of x (n h w c) in all pairs; seen (l l): whether a position, by row, sees another."""
+    q, k, v = (
+        rearrange(f(x), "n h w (m d) -> n m (h w) d", m=attention.heads)
+        for f in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    scores = (q @ k.mT * head_width**-0.5).where(torch.as_tensor(seen), -torch.inf)
+    y = rearrange(torch.softmax(scores, dim=-1) @ v, "n m l d -> n l (m d)")
+    return attention.to_out(y).view(x.shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [0, 2, 3])
+@pytest.mark.parametrize("h, w", [(4, 4), (5, 9), (12, 8), (3, 11), (7, 2), (13, 6)])
+def test_attention_in_windows_is_that_of_all_pairs_in_one_window(h, w, shift):
+    attention = model.SelfAttention(12, heads=2, qkv_bias=True).double()
+    nn.init.normal_(attention.to_q.weight)
+    attention.window, attention.shift = 4, shift
+
+    def sees(i, j, size):
+        if size <= 4:
+            return True
+        first = min(max((i + shift) // 4 * 4 - shift, 0), size - 4)  # a window never reaches over the edge
+        return first <= j < first + 4
+
+    places = [(i, j) for i in range(h) for j in range(w)]
+    seen = torch.tensor([[sees(a, c, h) and sees(b, d, w) for c, d in places] for a, b in places])
+    assert (seen.sum(dim=1) == min(h, 4) * min(w, 4)).all()  # everyone sees a whole window, at the edge too
+    x = torch.randn(2, h, w, 12).double()
+    assert distance(attention(x), naive_attention(attention, x, 6, seen)) < 1e-12
+    assert attention(x[:0]).shape == (0, h, w, 12)
 
 
 @torch.no_grad()
@@ -457,6 +481,28 @@ def test_a_network_for_inference_is_frozen_and_the_same_up_to_rounding():
     assert distance(net.for_inference(torch.float32)(lr), before) < 2e-5
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
     assert net.for_inference(torch.bfloat16)(lr).isfinite().all()
+
+
+@torch.no_grad()
+def test_windows_change_only_what_is_larger_than_a_window():
+    net, keys = awake(AdcVSR(**UNEVEN)).for_inference(torch.float32), AdcVSR(**UNEVEN).state_dict().keys()
+    clips = clip(h=16, w=16), clip(h=16, w=48)  # 8x8 and 8x24 positions on the finest grid
+    small, wide = map(net, clips)
+    net.set_attention("windows", window=8)
+    assert torch.equal(net(clips[0]), small)
+    assert distance(net(clips[1]), wide) > 1e-3
+    net.set_attention("full")
+    assert torch.equal(net(clips[1]), wide)
+    assert net.state_dict().keys() == keys  # a setting of this network, not of its weights
+
+
+def test_every_second_block_shifts_its_windows_by_half_of_one():
+    with torch.device("meta"):
+        net = AdcVSR(**PRESETS["full"]).for_inference(torch.bfloat16, "windows")
+    levels = *net.unet.down_blocks[:1], *net.unet.up_blocks[-1:]
+    shifts = [part.shift for m in levels for part in m.modules() if isinstance(part, model.SelfAttention)]
+    assert shifts in ([0, 32, 0, 32, 0], [0, 32, 32, 0, 32])  # through whatever lies in between
+    assert {part.window for part in net.modules() if isinstance(part, model.SelfAttention)} == {64}
 
 
 # Files

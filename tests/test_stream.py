@@ -36,6 +36,16 @@ def test_stream_equals_clip_for_uneven_chunks_of_odd_frames():
     assert distance(result, net(lr)) <= 1e-12
 
 
+@torch.no_grad()
+def test_stream_equals_clip_with_attention_in_windows():
+    net = awake(AdcVSR(**{**SMALL, "temporal": "block"})).double()
+    lr = clip(b=2, t=11, h=18, w=40, dtype=torch.float64)
+    full = net(lr)
+    net.set_attention("windows", window=3)
+    expected = net(lr)
+    assert distance(streamed(net, lr, 4), expected) <= 1e-12 and distance(expected, full) > 1e-3
+
+
 def test_an_iterator_without_chunks_gives_none():
     assert list(stream(AdcVSR(**SMALL), [])) == [] and list(in_windows(AdcVSR(**SMALL), [], 25)) == []
 
