@@ -138,6 +138,7 @@ def train_step(
     by name.
     """
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
+    softplus, relative = (discriminators, {}) if cfg.gan == "softplus" else ({}, discriminators)
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
     for clips in map(to_inputs, batch):
@@ -150,20 +151,17 @@ def train_step(
         with world.autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
-            pairs = {"pixel": (x_s, x_t), "feature": (f_s, f_t)}
-            seen = {}
-            if cfg.gan == "softplus":
-                seen = {k: d.look(x_s) if d.domain == "pixel" else f_s for k, d in discriminators.items()}
+            seen = {name: d.look(x_s) if d.domain == "pixel" else f_s for name, d in softplus.items()}
 
             pixel = F.l1_loss(x_s, x_t)
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)
             adv = {"pixel": torch.zeros_like(pixel), "feature": torch.zeros_like(pixel)}
-            for name, d in discriminators.items():
-                if cfg.gan == "rpgan":
-                    pull, seen[name] = rpgan.student_loss(d, *pairs[d.domain], clips, encoder, cfg)
-                else:
-                    pull = adversarial_loss(d(seen[name]))
+            for name, d in softplus.items():
+                adv[d.domain] = adv[d.domain] + adversarial_loss(d(seen[name]))
+            for name, d in relative.items():
+                own, target = (x_s, x_t) if d.domain == "pixel" else (f_s, f_t)
+                pull, seen[name] = rpgan.student_loss(d, own, target, clips, encoder, cfg)
                 adv[d.domain] = adv[d.domain] + pull
             also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
             l_pixel = pixel + perceptual + also + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
@@ -177,10 +175,9 @@ def train_step(
         # The discriminators' step, on the student's clip as it was. One type of clip after the other: all at
         # once, they would not fit on a card.
         discriminators.requires_grad_(True)
-        for name, d in discriminators.items():
-            if cfg.gan == "rpgan":
-                terms |= rpgan.learn(name, d, seen.pop(name), share, world.autocast, cfg)
-                continue
+        for name, d in relative.items():
+            terms |= rpgan.learn(name, d, seen.pop(name), share, world.autocast, cfg)
+        for name, d in softplus.items():
             see, terms[f"disc_{name}"] = d.look if d.domain == "pixel" else encoder, 0.0
             with world.autocast():
                 types = five_clips(seen.pop(name), see, clips)  # Paper: Eq. 5
