@@ -213,8 +213,11 @@ def test_a_step_is_the_losses_on_all_clips_at_once(table):
     for net, value in (student, loss), (judges, l_disc):
         expected = torch.autograd.grad(value, list(net.parameters()), retain_graph=True)
         for (name, grad), direct in zip(gradients(net).items(), expected):
-            assert direct.abs().max() > 0, name
             assert_close(grad, direct, name)
+            if net is judges:  # no DISTS in between, whose statistics are in float32
+                assert (grad - direct).abs().max() < 1e-6 * direct.abs().max() + 1e-12, name
+            level = name.endswith("tail.scores.bias")  # which no difference has
+            assert (direct.abs().max() < 1e-12) if level else direct.abs().max() > 0, name
 
 
 def test_without_noise_any_division_into_micro_batches_has_the_same_gradients():
