@@ -10,7 +10,7 @@ mind (aR1 on real clips, aR2 on fake ones), and a fake clip should look to it in
     student's step   D(x_S) against D(real) of each type ---------------> softplus, feature matching
     D's step         D(real) against D(fake), all pairs of `LABELS` ----> softplus, aR1, aR2
 
-The second is an experiment of ours, of which neither paper speaks; # Choice: all that it takes.
+The second is an experiment of ours, of which neither paper speaks.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,9 @@ def feature_matching(ours: list[Tensor], theirs: list[Tensor], distance: Callabl
 
 
 # ------------------------------------------------------------------------------------------------------
-# On two heads and five types of clip. Each head compares every type that it calls real with every one that
-# it calls fake, clip by clip and place by place: they are unrelated, as in any GAN without a condition.
+# On two heads and five types of clip. Choice: all of it. Each head compares every type that it calls real
+# with every one that it calls fake, clip by clip and place by place, though they show different things: as in
+# any GAN without a condition. As in Eq. 2-4 both heads count alike for D, and as they are wide for the student.
 
 
 class Sides(NamedTuple):
@@ -68,7 +69,7 @@ def sides(labels: dict[str, tuple[int, int]], widths: tuple[int, int]) -> list[S
 
 
 def relativistic_loss(scores: dict[str, Scores], heads: list[Sides]) -> Tensor:
-    """D's, in place of Eq. 4: a mean over pairs and places for each head, and their sum."""
+    """D's, in place of Eq. 4: the sum of both heads, each a mean over pairs and places."""
     loss = 0.0
     for i, real, fake in heads:
         pairs = [(scores[r][i].float(), scores[f][i].float()) for r in real for f in fake]
@@ -77,8 +78,7 @@ def relativistic_loss(scores: dict[str, Scores], heads: list[Sides]) -> Tensor:
 
 
 def relativistic_pull(student: Scores, scores: dict[str, Scores], heads: list[Sides]) -> Tensor:
-    """The student's, in place of Softplus(-D) in Eq. 2, 3: it wants to be called more real than what is real.
-    As there, it hears the heads as they are wide."""
+    """The student's, in place of Softplus(-D) in Eq. 2, 3: it wants to be called more real than the real."""
     loss, width = 0.0, sum(x.shape[2] for x in student)
     for i, real, _ in heads:
         pulls = [relativistic(student[i].float(), scores[kind][i].float()) for kind in real]

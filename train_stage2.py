@@ -202,7 +202,8 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def print_scores(means: dict[str, float], discriminators) -> None:
-    """Mean score, detail / consistency, of each type of clip: which head of which discriminator wins."""
+    """Mean score, detail / consistency, of each type of clip, or RpGAN's margin: which head of which
+    discriminator wins."""
     for name in discriminators:
         shown = []
         for kind in (*LABELS, rpgan.MARGIN):
