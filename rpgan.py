@@ -51,7 +51,7 @@ def feature_matching(ours: list[Tensor], theirs: list[Tensor], distance: Callabl
 # ------------------------------------------------------------------------------------------------------
 # On two heads and five types of clip. Choice: all of it. Each head compares every type that it calls real
 # with every one that it calls fake, clip by clip and place by place, though they show different things: as in
-# any GAN without a condition. As in Eq. 2-4, both heads count alike for D, and by their width for the student.
+# any GAN without a condition. As in Eq. 2-4, heads count alike for D, and by their width for the student.
 
 
 class Sides(NamedTuple):
