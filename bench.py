@@ -1,7 +1,6 @@
 """Benchmarks, each a table: `python bench.py quality`, or another of these:
 
     quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
-    heads     the same of tiny's stage 2, trained once for each split of the heads' channels (Table 6)
     infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     attention full attention against windows of it: PSNR between both results, and whether borders show
@@ -12,7 +11,7 @@
     gpu       in six minutes what a GPU has to say: network, end2end, train1, train2, table1
     data      seconds of a core for each part of loading; a list of a million files
 
-On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute but for `heads`.
+On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute.
 Times are of this machine at this moment: compare rows of one run, not rows of two machines. What a GPU ran is
 also a line of JSON in the file bench.jsonl in the folder $OUT, where that is set.
 """
@@ -29,7 +28,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from importlib.util import find_spec
@@ -67,7 +66,7 @@ from seedvr2 import NaDiT, VideoVAE
 from shots import in_shots
 from stream import Stream, decoded
 from teacher import DoveTeacher, FeatureEncoder, SeedVR2Teacher
-from training import newest_checkpoint, peak_memory
+from training import peak_memory
 from video import (
     VIDEO_SUFFIXES,
     Frame,
@@ -87,22 +86,19 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 
 
 TABLES = Literal[
-    "quality", "heads", "infer", "network", "attention", "end2end", "table1", "train1", "train2", "data",
-    "gpu",
+    "quality", "infer", "network", "attention", "end2end", "table1", "train1", "train2", "data", "gpu",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Args:
     what: Annotated[Positional[TABLES], tyro.conf.arg(metavar="WHAT")]  # the table
-    videos: str = ""  # clips, a folder or a list, for quality, heads, attention and data
+    videos: str = ""  # clips, a folder or a list, for quality, attention and data
     images: str = ""  # photos, for the same
     validation: str = ""  # those of them that training left out, said as in training
-    # for quality and attention: students; for heads: the one to begin with
-    weights: tuple[str, ...] = (str(SHIPPED),)
-    clips: int = 8  # of a kind, for quality, heads, attention and data
+    weights: tuple[str, ...] = (str(SHIPPED),)  # students, for quality and attention
+    clips: int = 8  # of a kind, for quality, attention and data
     picture: str = ""  # for quality: a PNG of bicubic, students and HR
-    flags: str = "--steps 400"  # for heads: more flags of train_stage2.py
     backbone: str = BACKBONE  # for train2, on a GPU: D_pixel's ConvNeXt
     methods: tuple[str, ...] = ()  # for table1: these rows alone
 
@@ -246,24 +242,6 @@ class Judge:
 
 def line(name: str, side: str, row) -> str:
     return f"{name[-21:]:21} {side[-23:]:23}" + "".join(f" {x:8.3f}" for x in row)
-
-
-SPLITS = ((64, 0), (48, 16), (32, 32), (16, 48), (0, 64))  # Paper: Table 6, here of tiny's 64 channels
-
-
-def heads(args: Args) -> dict[tuple[str, str], np.ndarray]:
-    """Trains tiny's stage 2 with each split, from the same weights, then `quality` of all; resumes."""
-    results = [args.weights[0]]
-    for split in SPLITS:
-        out = "runs/heads/{}_{}".format(*split)
-        command = [sys.executable, ROOT / "train_stage2.py", "--preset", "tiny", "--init", args.weights[0]]
-        command += ["--heads", *map(str, split), "--out", out, *shlex.split(args.flags)]
-        for name in "videos", "images", "validation":
-            command += [f"--{name}", getattr(args, name)] if getattr(args, name) else []
-        if subprocess.run(command).returncode:
-            raise UserError(f"{out}: training failed, see above; the same command goes on")
-        results.append(str(newest_checkpoint(out)))
-    return quality(replace(args, weights=tuple(results)))
 
 
 # ---- Inference --------------------------------------------------------------------------------------------
@@ -711,9 +689,9 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
 
 
 WORK = {
-    "quality": quality, "heads": heads, "infer": infer, "network": network,
-    "attention": attention, "end2end": end2end, "table1": table1,
-    "train1": partial(train, train_stage1), "train2": partial(train, train_stage2), "data": data, "gpu": gpu,
+    "quality": quality, "infer": infer, "network": network, "attention": attention, "end2end": end2end,
+    "table1": table1, "train1": partial(train, train_stage1), "train2": partial(train, train_stage2),
+    "data": data, "gpu": gpu,
 }  # fmt: skip
 
 

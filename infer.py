@@ -43,6 +43,8 @@ from shots import AROUND, in_shots
 from stream import CONTEXT, in_windows, peak_gb, stream
 from video import (
     CRF,
+    PROTOCOL_FRAMES,
+    PROTOCOL_SIDE,
     VIDEO_FORMATS,
     X264_PRESET,
     Frame,
@@ -63,7 +65,6 @@ DEMO_NOTICE = (
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy
 ROOM = 0.85  # share of a GPU's memory for the tensors that are counted
-PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, the first 25 frames, output 512x512
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
 
 # --- Command line ------------------------------------------------------------------------------------

@@ -302,8 +302,11 @@ def same_scene(sizes: dict[str, tuple[int, int]], protocol: str | None) -> dict[
     return cut
 
 
-def in_step(sides: Sides, protocol: str | None) -> Iterator[dict[str, np.ndarray]]:
-    """Frames (h w 3) uint8 of all sides at one time, as a stream; UserError where one side ends early."""
+def in_step(sides: Sides, protocol: str | None, notes: set[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Frames (h w 3) uint8 of all sides at one time, as a stream; UserError where one side ends early.
+
+    notes: what was found about the files, for the user.
+    """
     with ExitStack() as stack:
         readers = {side: stack.enter_context(VideoReader(path)) for side, path in sides.items()}
         cut = same_scene({side: (r.height, r.width) for side, r in readers.items()}, protocol)
@@ -317,8 +320,7 @@ def in_step(sides: Sides, protocol: str | None) -> Iterator[dict[str, np.ndarray
                 raise UserError(f"{found}: lengths differ; fix the output")
             yield {side: frame.rgb[cut[side]] for side, frame in frames.items()}
         for side, reader in readers.items():
-            for note in reader.notes:
-                print(f"note: {side} {reader.name}: {note}")
+            notes |= {f"note: {side} {reader.name}: {note}" for note in reader.notes}
 
 
 REACH = SCALE  # pixels that a ground truth is moved about: one of LR, beyond which data are no pairs
@@ -475,7 +477,9 @@ def evaluate(args: Args) -> dict:
     pairs = pair_clips({side: path for side, path in paths.items() if path})
     for name, sides in pairs.items():
         with naming(name):
-            next(in_step(sides, args.protocol))  # what cannot be read or paired stops the run before the work
+            next(
+                in_step(sides, args.protocol, set())
+            )  # what cannot be read or paired stops the run before the work
     device, judges, missing = "cuda" if torch.cuda.is_available() else "cpu", {}, []
     for name in names:
         try:
@@ -495,7 +499,8 @@ def evaluate(args: Args) -> dict:
     print(f"{'clip':28} {'frames':>6} {'size':>9}" + "".join(f"{name:>9}" for name in judges))
     rows = []
     for name, sides in pairs.items():
-        stream = partial(in_step, sides, args.protocol)
+        notes: set[str] = set()
+        stream = partial(in_step, sides, args.protocol, notes)
         with naming(name):
             rows.append({"name": name} | score_clip(stream, judges, device))
         print(table_line(rows[-1], judges), flush=True)
@@ -506,7 +511,8 @@ def evaluate(args: Args) -> dict:
             dx, dy, gain = best_shift(stream())
             if gain > WORTH:
                 lies = f"the ground truth lies {dx} pixels right of the prediction and {dy} below it"
-                print(f"note: {name}: {lies}, which costs {gain:.1f} dB; it was scored as it is")
+                notes.add(f"note: {name}: {lies}, which costs {gain:.1f} dB; it was scored as it is")
+        print(*sorted(notes), sep="\n", end="\n" * bool(notes))
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in judges}
     print(table_line({"name": "mean"} | mean, judges))
     settings = {"protocol": args.protocol, "color": args.colors}

@@ -110,7 +110,10 @@ def to_frames(clip: Tensor) -> np.ndarray:
     return clip.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-PROTOCOL_FRAMES, PROTOCOL_SIDE = 25, 128  # Paper: Sec. 4.1, of a test clip's input
+PROTOCOL_FRAMES, PROTOCOL_SIDE = (
+    25,
+    128,
+)  # Paper: Sec. 4.1, 25 frames of a test clip, output 512x512
 
 
 def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple[slice, slice]:

@@ -1,7 +1,6 @@
 """bench.py: every table is printed in small on a CPU, and says what is true."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,16 +19,6 @@ def test_quality_ranks_the_truth_first_and_a_student_above_bicubic(tmp_path):
     assert bicubic[2] < student[2] < truth[2] == pytest.approx(1)  # detail
     assert student[4] < bicubic[4]  # E*_warp under the exact flow
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_heads_trains_each_split_and_scores_them_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SPLITS", bench.SPLITS[1:3])
-    monkeypatch.chdir(tmp_path)
-    small = "--steps 1 --teacher-cache '' --procedural 1 --frames 3 --size 64 --batch 1 --workers 0"
-    means = bench.heads(Args("heads", clips=1, flags=small))
-    names = [str(Path("runs/heads") / "{}_{}".format(*split) / "step_000001") for split in bench.SPLITS]
-    assert [side for _, side in means] == ["bicubic", str(SHIPPED), *names, "HR"]
 
 
 def test_table_1_counts_the_papers_parameters_and_times_every_method(capsys):
