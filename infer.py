@@ -79,7 +79,6 @@ def written_as(
 
 # Frame times are fractions: as floats, most of them would fall before or behind their frame.
 SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
-FILE = written_as("PATH", lambda words: Path(words[0]))
 ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
 
 
@@ -87,7 +86,7 @@ ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
 class Args:
     input: tyro.conf.Positional[tuple[Path, ...]]  # video, folder of frames, image, or folder of clips
     # default: <name>_x4 beside the input; a folder for several inputs
-    output: Annotated[Path | None, FILE, tyro.conf.arg(aliases=["-o"])] = None
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="PATH")] = None
     weights: str = str(SHIPPED)  # folder, training checkpoint or hub id
     # AdcSR frame by frame: from the hub, or its two official files
     adcsr: Annotated[tuple[str, ...] | None, ADCSRS] = None

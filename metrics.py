@@ -476,10 +476,8 @@ def evaluate(args: Args) -> dict:
     paths = {"input": args.input, "prediction": args.pred, "ground truth": args.gt}
     pairs = pair_clips({side: path for side, path in paths.items() if path})
     for name, sides in pairs.items():
-        with naming(name):
-            next(
-                in_step(sides, args.protocol, set())
-            )  # what cannot be read or paired stops the run before the work
+        with naming(name):  # what cannot be read or paired stops the run before the work
+            next(in_step(sides, args.protocol, set()))
     device, judges, missing = "cuda" if torch.cuda.is_available() else "cpu", {}, []
     for name in names:
         try:

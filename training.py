@@ -60,11 +60,10 @@ def presets(kind: type, table: dict[str, tuple]) -> dict:
     The table has a row a setting; its first row holds the names. None leaves a setting as it is in full.
     """
     (_, names), *rows = table.items()
-    columns = {
-        name: {setting: values[k] for setting, values in rows if values[k] is not None}
-        for k, name in enumerate(names)
-    }
-    return {"full": kind()} | {name: kind(**column) for name, column in columns.items()}
+    presets = {"full": kind()}
+    for k, name in enumerate(names):
+        presets[name] = kind(**{setting: values[k] for setting, values in rows if values[k] is not None})
+    return presets
 
 
 def parse(presets: dict, description: str, argv: list[str] | None = None):
