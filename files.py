@@ -67,16 +67,11 @@ def list_files(source: str | Path, suffixes: set[str]) -> Files:
     of = repr((str(Path.home()), str(source.absolute()), sorted(suffixes)))
     index = INDEXES / hashlib.sha256(of.encode()).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"adcvsr-{index.name}.lock"):
-        return kept_files(index, source) or read_files(index, source, suffixes)
-
-
-def kept_files(index: Path, source: Path) -> Files | None:
-    """What `read_files` has kept, unless something has changed since."""
-    with suppress(OSError, ValueError):
-        times = json.loads(index.with_suffix(".json").read_text())
-        if all(os.stat(place).st_mtime_ns == then for place, then in times.items()):
-            return Files(top_folder(source), np.memmap(index, np.uint8, "r"))
-    return None
+        with suppress(OSError, ValueError):  # nothing is kept, or not whole
+            times = json.loads(index.with_suffix(".json").read_text())
+            if all(os.stat(place).st_mtime_ns == then for place, then in times.items()):
+                return Files(top_folder(source), np.memmap(index, np.uint8, "r"))
+        return read_files(index, source, suffixes)
 
 
 def read_files(index: Path, source: Path, suffixes: set[str]) -> Files:

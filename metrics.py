@@ -132,7 +132,7 @@ PYIQA = {  # pyiqa's name of the metric, and the weights file it looks for in to
 def load_pyiqa(name: str, device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """A metric of pyiqa on frames pred, gt (n 3 h w) in [0, 1] -> (n,); all but LPIPS look at pred alone."""
     key, weights = PYIQA[name]
-    with needs(f"{name.upper()} not computed", "pyiqa (its licence is for non-commercial use only)", weights):
+    with needs(name.upper(), "pyiqa (its licence is for non-commercial use only)", weights):
         metric = optional("pyiqa").create_metric(key, device=torch.device(device))
     return lambda pred, gt: (metric(pred, gt) if name == "lpips" else metric(pred)).flatten()
 

@@ -42,7 +42,7 @@ class DISTS(nn.Module):
     @classmethod
     def from_pretrained(cls) -> "DISTS":
         """torchvision's ImageNet VGG16, and the published alpha and beta, which torchmetrics ships."""
-        with needs("DISTS not computed", "torchmetrics torchvision", "checkpoints/vgg16-397923af.pth"):
+        with needs("DISTS", "torchmetrics torchvision", "checkpoints/vgg16-397923af.pth"):
             package = Path(import_module("torchmetrics").__file__).parent
             learned = torch.load(package / "functional/image/dists_models/weights.pt", weights_only=True)
             models = import_module("torchvision.models")

@@ -69,13 +69,8 @@ def adcsr_files(named: Sequence[str]) -> tuple[Path, Path]:
         return tuple(Path(hf_hub_download(repository, wanted[name].rfilename)) for name in ADCSR_FILES)
 
 
-class PassedOver:
-    """Stands in for a class of which a checkpoint holds more than is needed here."""
-
-    # Lightning's callback, the one thing in AdcSR's halfDecoder.ckpt that is neither tensor nor plain value.
-    NAMES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
-
-
+# The one thing in AdcSR's halfDecoder.ckpt that is neither tensor nor plain value: a class, passed over.
+LIGHTNINGS = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 # What to do with a file that holds Python objects, which run when they are read: keep its tensors alone.
 TENSORS_ALONE = (
     """python -c "import sys, torch; f = sys.argv[1]; s = torch.load(f, 'cpu', weights_only=False); """
@@ -86,7 +81,7 @@ TENSORS_ALONE = (
 def read_pickle(path: str | Path) -> dict:
     """A PyTorch pickle, of which nothing is executed. Raises `WeightsError`."""
     try:
-        with torch.serialization.safe_globals([(PassedOver, name) for name in PassedOver.NAMES]):
+        with torch.serialization.safe_globals([(object, LIGHTNINGS)]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle can fail in any way
         fault = "not a PyTorch checkpoint. Is the download complete?"

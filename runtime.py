@@ -63,11 +63,11 @@ class Unavailable(UserError):
     """What can be done without, and is not here."""
 
 
-def needs(what_not: str, packages: str, weights: str, instead: str = ""):
+def needs(metric: str, packages: str, weights: str, instead: str = ""):
     """A missing package or failed download in one line; `weights` is a path inside torch's hub folder."""
     file = f"{Path(torch.hub.get_dir()) / weights}, downloaded at first use"
     way_out = f"It needs pip install {packages}, and {file}{instead}."
-    return explained(what_not, way_out, Unavailable, (ImportError, OSError, RuntimeError))
+    return explained(f"{metric} not computed", way_out, Unavailable, (ImportError, OSError, RuntimeError))
 
 
 def printable(text: object) -> str:

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from runtime import needs
 from video import to_unit
 
-# A provider (first, second (n 3 h w) in [0, 1]) -> (n 2 h w), the (dx, dy) in pixels by which the first frame
-# moves; or exact flows forward and backward, each (t-1 2 h w) in pixels of the clip.
+# What finds it, (first, second (n 3 h w) in [0, 1]) -> flow; or exact flows forward and backward of a clip.
 Flow = Callable[[Tensor, Tensor], Tensor] | tuple[Tensor, Tensor]
 FLOWS = {"raft": "torchvision raft_large C_T_V1, 20 updates", "dis": "OpenCV DIS, medium"}
 
@@ -51,9 +50,7 @@ def raft_flow(first: Tensor, second: Tensor, network: nn.Module, literal: bool =
 
 
 def load_raft() -> nn.Module:
-    with needs(
-        "E*_warp not computed", "torchvision", "checkpoints/raft_large_C_T_V1-22a6c225.pth", "; or --flow dis"
-    ):
+    with needs("E*_warp", "torchvision", "checkpoints/raft_large_C_T_V1-22a6c225.pth", "; or --flow dis"):
         flows = import_module("torchvision.models.optical_flow")
         things = flows.Raft_Large_Weights.C_T_V1  # the port of raft-things; the default is another model
         return flows.raft_large(weights=things, progress=False).eval()

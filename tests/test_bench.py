@@ -37,11 +37,6 @@ def test_a_training_step_is_timed_and_its_operations_counted(stage, capsys):
     assert rate == pytest.approx(work / spent, rel=0.02) and work > 1e-3
 
 
-def test_operations_are_two_for_a_multiply_add():
-    x = torch.rand(8, 16)
-    assert bench.teraflop(lambda: x @ x.T) * 1e12 == 2 * 8 * 16 * 8
-
-
 def test_a_process_is_timed_with_a_memory_of_its_own():
     ballast = torch.ones(2**26)  # 268 MB here, which must not show there
     spent, before, after = bench.as_process("held_here = bytearray(b'1') * 50_000_000; time.sleep(0.2)")
