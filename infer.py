@@ -69,16 +69,10 @@ BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, fo
 # --- Command line ------------------------------------------------------------------------------------
 
 
-def written_as(
-    metavar: str, make: Callable[[list[str]], object], words: int | str = 1
-) -> PrimitiveConstructorSpec:
-    """What tyro has no type for, or shows with more types than a user has to know."""
-    return PrimitiveConstructorSpec(words, metavar, make, lambda value: True, lambda value: [str(value)])
-
-
 # Frame times are fractions: as floats, most of them would fall before or behind their frame.
-SECONDS = written_as("SECONDS", lambda words: Fraction(words[0]))
-ADCSRS = written_as("[NET_PARAMS HALF_DECODER]", tuple, "*")
+TYRO = {"is_instance": lambda value: True, "str_from_instance": lambda value: [str(value)]}
+SECONDS = PrimitiveConstructorSpec(1, "SECONDS", lambda words: Fraction(words[0]), **TYRO)
+ADCSRS = PrimitiveConstructorSpec("*", "[NET_PARAMS HALF_DECODER]", tuple, **TYRO)
 
 
 @dataclass(frozen=True)
