@@ -122,8 +122,9 @@ def parse(argv: list[str] | None = None) -> Args:
         ),
         "--downscale: only with --protocol adcvsr": args.downscale > 1 and not args.protocol,
     }
-    for line in (line for line, applies in wrong.items() if applies):
-        raise UserError(line)
+    for line, applies in wrong.items():
+        if applies:
+            raise UserError(line)
     return args
 
 

@@ -498,7 +498,8 @@ def evaluate(args: Args) -> dict:
             if gain > WORTH:
                 lies = f"the ground truth lies {dx} pixels right of the prediction and {dy} below it"
                 notes.add(f"note: {name}: {lies}, which costs {gain:.1f} dB; it was scored as it is")
-        print(*sorted(notes), sep="\n", end="\n" * bool(notes))
+        for note in sorted(notes):
+            print(note)
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in judges}
     print(table_line({"name": "mean"} | mean, judges))
     settings = {"protocol": args.protocol, "convention": args.convention, "flow": FLOWS[args.flow]}
