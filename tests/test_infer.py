@@ -10,6 +10,7 @@ import time
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -268,6 +269,40 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     assert "in float32; first result after 57 frames\ndisk: 0.00 GB" in out
     assert f"memory: {peak:.2f} GB at most" in out
     assert names(tmp_path) == before
+
+
+def test_a_gpu_takes_as_many_frames_a_step_as_its_memory_holds():
+    with torch.device("meta"):
+        net = AdcVSR(**PRESETS["full"]).bfloat16()
+    assert infer.chunk_that_fits(net, 270, 480, gb=24) == infer.CHUNK  # to 1080p
+    assert infer.chunk_that_fits(net, 540, 960, gb=48) == 2  # to 4K
+    assert peak_gb(net, 540, 960, frames=2) < 40
+
+
+def test_the_frames_a_step_follow_from_the_smallest_card_and_the_clips_size_alone(monkeypatch):
+    sizes = iter((24e9, 0.04e9) * 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=next(sizes))
+    )
+    net = AdcVSR(**PRESETS["tiny"] | NARROW)
+    args = partial(infer.Args, (Path("clip.mp4"),), dtype="float32")
+
+    def chunk(size, **given):
+        return infer.with_chunk(args(**given), size, lambda: net).chunk
+
+    assert chunk((16, 16), device="cuda") == 8 and chunk((192, 128), device="cuda:1") == 1
+    assert chunk((192, 128), device="cpu") == 8 and chunk((192, 128), device="cuda", chunk=5) == 5
+
+
+def test_attention_in_windows_is_refused_where_there_is_none_and_goes_on_only_as_it_began(
+    tmp_path, refusal, run_here
+):
+    clip = make_clip(tmp_path / "clip.mp4", frames=2)
+    compact = ROOT / "weights" / "realesr-general-x4v3.pth"
+    assert "has no attention over a frame" in refusal(clip, "--attention", "windows", "--weights", compact)
+    run_here(clip, "--attention", "windows")
+    assert (tmp_path / "clip_x4.mp4").exists()
 
 
 # --- interruptions -------------------------------------------------------------------------------------
