@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -191,9 +191,9 @@ def unseen_clips(args: Args) -> Iterator[tuple]:
         yield "procedural", str(seed), world.frames, lr, {"flow": (flow, flow), "visible": visible}
 
 
-def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
-    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, their means by (kind of
-    clip, student). Distance: see `Judge`.
+def quality(args: Args, clips: Iterable[tuple] = ()) -> dict[tuple[str, str], np.ndarray]:
+    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, those of `unseen_clips`
+    if none are given; their means by (kind of clip, student). Distance: see `Judge`.
 
     E*_warp, corrected: on procedural clips under their exact flow, else under OpenCV's DIS. The picture shows
     every third clip: a frame of each side above a row over time.
@@ -203,7 +203,7 @@ def quality(args: Args) -> dict[tuple[str, str], np.ndarray]:
     judge = Judge(device)
     print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
     rows, panels = {}, []
-    for number, (kind, name, hr, lr, motion) in enumerate(unseen_clips(args)):
+    for number, (kind, name, hr, lr, motion) in enumerate(clips or unseen_clips(args)):
         x, hr = to_network(to_clip(lr)).to(device), to_clip(hr)
         with torch.no_grad():
             results = {"bicubic": bicubic(x)} | {name: net(x[None])[0] for name, net in students.items()}

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from metrics import dis_flow, dists_loss, in_frame, unoccluded, warp
 from model import (
     SCALE,
+    TEMPORAL_KINDS,
     AdcVSR,
     Delay,
     Student,
-    TemporalBlock,
     WeightsError,
     per_frame,
     read_pickle,
@@ -39,20 +39,24 @@ class CompactVSR(Student):
     """lr (b t 3 h w) in [-1, 1] -> sr (b t 3 4h 4w) in about [-1, 1]; any h, w, t >= 1. Called as `AdcVSR`.
 
     features, layers: channels and inner convolutions of the 2D network; every: how many of its convolutions
-    stand between two temporal blocks. At start it is the 2D network, frame by frame.
+    stand between two temporal blocks; temporal_kind: as `AdcVSR`'s, or "none". At start it is the 2D network,
+    frame by frame.
     """
 
     pixel_skip = True  # the input is part of the output: what the network paints is a residual
 
-    def __init__(self, features: int = 64, layers: int = 32, every: int = 4):
+    def __init__(self, features: int = 64, layers: int = 32, every: int = 4, temporal_kind: str = "conv"):
         super().__init__()
-        self.config = dict(features=features, layers=layers, every=every)
+        self.config = dict(features=features, layers=layers, every=every, temporal_kind=temporal_kind)
         self.body = nn.ModuleList()  # under the names of the official file: conv 0, PReLU 1, conv 2, ...
         for c_in in [3] + [features] * layers:
             self.body += [nn.Conv2d(c_in, features, 3, padding=1), nn.PReLU(features)]
         self.body.append(nn.Conv2d(features, 3 * SCALE**2, 3, padding=1))
-        after = range(every, layers + 1, every)  # of the convolutions, the first of all being number 0
-        self.temporal = nn.ModuleDict({str(2 * n + 1): TemporalBlock(features) for n in after})
+        # After which convolutions, the first of all being number 0; their PReLU comes before the block.
+        after = range(every, layers + 1, every) if temporal_kind != "none" else ()
+        self.temporal = nn.ModuleDict(
+            {str(2 * n + 1): TEMPORAL_KINDS[temporal_kind](features) for n in after}
+        )
         self.delay = Delay()
 
     def forward(self, lr: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Tensor]:

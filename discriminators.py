@@ -132,11 +132,13 @@ class Tail(nn.Module):
         # Two 1x1 convolutions over the same features are one, its channels split; a head may have none.
         self.scores, self.split = nn.Conv2d(width, width, 1), tuple(heads)
 
-    def forward(self, x: Tensor) -> Scores:
-        x = F.leaky_relu(per_frame(self.conv1, x), SLOPE)
-        x = F.leaky_relu(self.conv2(x), SLOPE)
-        x = F.leaky_relu(per_frame(self.conv3, x), SLOPE)
-        return Scores(*per_frame(self.scores, x).split(self.split, dim=2))
+    def forward(self, x: Tensor, taps: bool = False):
+        """With taps also the activations of the three layers, (b t n h w) each."""
+        first = F.leaky_relu(per_frame(self.conv1, x), SLOPE)
+        second = F.leaky_relu(self.conv2(first), SLOPE)
+        third = F.leaky_relu(per_frame(self.conv3, second), SLOPE)
+        scores = Scores(*per_frame(self.scores, third).split(self.split, dim=2))
+        return (scores, [first, second, third]) if taps else scores
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -225,15 +227,19 @@ class PixelDiscriminator(nn.Module):
             return cls(efficientnet_lite(), normalisation=((0.5,) * 3, (0.5,) * 3), **options)
         return cls(convnext(name), **options)
 
-    def look(self, clip: Tensor) -> Tensor:
-        """clip (b t 3 H W) in [-1, 1] -> what the backbone sees (b t c H/8 W/8): all that is frozen.
-
-        All frames lose the same rows above and columns at the left, at random up to `shift` of each.
-        """
+    def draw_cut(self) -> tuple[int, int]:
+        """Rows above and columns at the left that a clip loses, at random up to `shift` of each."""
         # Choice: off, but for tiny. The stem cuts frames into cells of 4x4 pixels, whose borders lie where
         # those of the student's own upsampled cells do. A weak backbone is blind to what happens on these
         # borders, and the student hides a grid there; moving the cut shows it.
-        above, left = torch.randint(self.shift + 1, (2,), device="cpu").tolist()
+        return tuple(torch.randint(self.shift + 1, (2,), device="cpu").tolist())
+
+    def look(self, clip: Tensor, cut: tuple[int, int] | None = None) -> Tensor:
+        """clip (b t 3 H W) in [-1, 1] -> what the backbone sees (b t c H/8 W/8): all that is frozen.
+
+        cut: the rows and columns that all frames lose; by default drawn for this clip alone.
+        """
+        above, left = cut or self.draw_cut()
         pictures = frames((clip[..., above:, left:] - self.mean) / self.std).split(self.FRAMES)
         seen = [maybe_checkpoint(self.backbone.checkpointing, self.stages, x) for x in pictures]
         return torch.cat(seen).unflatten(0, clip.shape[:2])
@@ -250,9 +256,9 @@ class PixelDiscriminator(nn.Module):
         maps = [F.interpolate(rearrange(x, "n h w c -> n c h w"), size, mode="bilinear") for x in maps]
         return torch.cat(maps, dim=1)
 
-    def forward(self, seen: Tensor) -> Scores:
-        """seen (b t c H/8 W/8), as from `look`."""
-        return self.tail(per_frame(self.first, seen))
+    def forward(self, seen: Tensor, taps: bool = False):
+        """seen (b t c H/8 W/8), as from `look`; taps: as of `Tail`."""
+        return self.tail(per_frame(self.first, seen), taps)
 
 
 # ------------------------------------------------------------------------------------------------------
@@ -278,10 +284,10 @@ class FeatureDiscriminator(nn.Module):
         self.backbone = freeze(copy.deepcopy(unet))
         self.backbone.checkpointing = checkpointing
 
-    def forward(self, f: Tensor) -> Scores:
+    def forward(self, f: Tensor, taps: bool = False):
         h, w = f.shape[-2:]
         x = pad_to_multiple(f.flatten(0, 1), AdcVSR.MULTIPLE // UNSHUFFLE).unflatten(0, f.shape[:2])
-        return self.tail(self.backbone(x, conv_in=self.first)[..., :h, :w])
+        return self.tail(self.backbone(x, conv_in=self.first)[..., :h, :w], taps)
 
 
 def first_conv(conv: nn.Conv2d, c_in: int) -> nn.Conv2d:

@@ -52,6 +52,7 @@ from onestep import (
     ranking,
     to_latents,
 )
+from rpgan import feature_matching, noisy, perturbed, relativistic
 from runtime import Run, Settings, UserError, World, init_world, parse, presets, require_positive, run
 from seedvr2 import Block, NaDiT
 from sharding import LEARNING, ShardedRun, ShardedWorld, require_room, shard
@@ -132,6 +133,7 @@ LOOKS = 8  # held-out clips that are looked at
 
 # ------------------------------------------------------------------------------------------------------
 # The losses. They know nothing of networks: velocities, judges and heads are what they are called with.
+# RpGAN, R1, R2 and feature matching are in rpgan.py, since stage 2 has them, too.
 
 
 def flow_loss(net: Velocity, z0: Tensor, cond: Condition, t: Tensor, eps: Tensor) -> Tensor:
@@ -176,22 +178,6 @@ def hinge(head: Callable, theirs: list[Tensor], ours: list[Tensor]) -> Tensor:
     """max(0, 1 - D(z_t^HR)) + max(0, 1 + D(z_t)). DUO-VSR's L_D, which stops before the score models."""
     real, fake = (head([x.detach() for x in features]) for features in (theirs, ours))
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def feature_matching(ours: list[Tensor], theirs: list[Tensor], distance: Callable) -> Tensor:
-    """Mean over layers. SeedVR2 Eq. 4 with the L1 distance; DUO-VSR's L_FM with the squared one."""
-    return sum(distance(a.float(), b.float()) for a, b in zip(ours, theirs)) / len(ours)
-
-
-def relativistic(better: Tensor, worse: Tensor) -> Tensor:
-    """softplus(-(D(better) - D(worse))): RpGAN of SeedVR2 Sec. 3.3, as R3GAN has it."""
-    return F.softplus(worse - better).mean()
-
-
-def perturbed(judge: Callable, logits: Tensor, x: Tensor, t: Tensor, cond: Condition, sigma: float) -> Tensor:
-    """| D(x) - D(N(x, sigma I)) |^2 for the logits D(x). R1 on real clips (APT Eq. 9), R2 on restored ones
-    (SeedVR2 Eq. 3), without second derivatives: for a linear D it is sigma^2 |dD/dx|^2."""
-    return (logits - judge(x + sigma * torch.randn_like(x), t, cond)[0]).square().mean()
 
 
 def dpo_loss(student, reference, winner, loser, cond, t, eps, beta) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,8 +290,8 @@ def apt_step(batch, nets, optimisers, world, cfg, step) -> dict[str, Tensor]:
             restored = one_step(student, torch.randn_like(z0), cond)
         d_real, d_fake = judge(z0, t, cond)[0], judge(restored, t, cond)[0]
         disc = relativistic(d_real, d_fake)
-        r1 = perturbed(judge, d_real, z0, t, cond, cfg.sigma)
-        r2 = perturbed(judge, d_fake, restored, t, cond, cfg.sigma)  # SeedVR2 Eq. 3
+        r1 = perturbed(d_real, judge(noisy(z0, cfg.sigma), t, cond)[0])
+        r2 = perturbed(d_fake, judge(noisy(restored, cfg.sigma), t, cond)[0])  # SeedVR2 Eq. 3
         return {"loss": disc + cfg.lambda_r * (r1 + r2), "disc": disc, "r1": r1, "r2": r2}
 
     def of_student(z0, cond):

@@ -27,7 +27,7 @@ from compact import CompactVSR, load_anchors
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
 from metrics import dists_loss, load_dists, validate
 from model import AdcVSR, Student, TemporalAttention, TemporalBlock, adcsr_files
-from runtime import Run, Settings, init_world, parse, presets, require_positive, run
+from runtime import Run, Settings, UserError, init_world, parse, presets, require_positive, run
 from teacher import Teacher, load_encoder, load_teacher
 
 # ------------------------------------------------------------------------------------------------------
@@ -147,7 +147,10 @@ def learning_rate(step: int, cfg: Config) -> float:
 def new_student(cfg: Config) -> Student:
     """The student before training: a 2D network augmented with temporal blocks, or at random weights."""
     if cfg.student == "compact":
-        return CompactVSR.from_realesrgan()
+        if cfg.temporal == "block":
+            raise UserError("--temporal block: compact has no blocks. Give layer, none, double or attention.")
+        kind = "conv" if cfg.temporal == "layer" else cfg.temporal
+        return CompactVSR.from_realesrgan(temporal_kind=kind)
     kind = "temporal_kind" if cfg.temporal in ("double", "attention") else "temporal"
     changes = {kind: cfg.temporal, "pixel_skip": cfg.pixel_skip}
     if cfg.adcsr:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rpgan
 from cache import training_clips
 from compact import load_anchors, load_student
 from data import Data, held_out_clips, loader, micro_batches, to_inputs
@@ -78,6 +79,10 @@ class Config(Settings, Teacher, Data):
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
     lambda_feature: float = 1.0             # weight of the feature losses                     Paper: Eq. 1
     lambda_adv: float = 1.0                 # weight of the adversarial losses in both         Paper: Eq. 2, 3
+    gan: Literal["softplus", "rpgan"] = "softplus"  # Eq. 2-4 as printed, or with SeedVR2's losses in them
+    lambda_r: float = 1000.0                # rpgan: weight of aR1 and aR2               SeedVR2 Sec. 3.3
+    sigma: float = 0.1                      # rpgan: of their noise, on clips and on features         APT
+    lambda_fm: float = 0.1                  # rpgan: of feature matching, inside lambda_adv   SeedVR2 Sec. 4.2
     lambda_2d: float = 0.0                  # compact: of the distance to its 2D network, in Eq. 2
     lambda_warp: float = 0.0                # compact: of the flicker along HR's motion, in Eq. 2
 
@@ -133,6 +138,7 @@ def train_step(
     by name.
     """
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
+    softplus, relative = (discriminators, {}) if cfg.gan == "softplus" else ({}, discriminators)
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
     for clips in map(to_inputs, batch):
@@ -140,17 +146,23 @@ def train_step(
         # The student's step: judged by discriminators that hold still.
         discriminators.requires_grad_(False)
         x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
+        if cfg.real_video == "teacher":
+            clips["video"] = x_t  # Paper: Table 7
         with world.autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
-            seen = {name: d.look(x_s) if d.domain == "pixel" else f_s for name, d in discriminators.items()}
+            seen = {name: d.look(x_s) if d.domain == "pixel" else f_s for name, d in softplus.items()}
 
             pixel = F.l1_loss(x_s, x_t)
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)
             adv = {"pixel": torch.zeros_like(pixel), "feature": torch.zeros_like(pixel)}
-            for name, d in discriminators.items():
+            for name, d in softplus.items():
                 adv[d.domain] = adv[d.domain] + adversarial_loss(d(seen[name]))
+            for name, d in relative.items():
+                own, target = (x_s, x_t) if d.domain == "pixel" else (f_s, f_t)
+                pull, seen[name] = rpgan.student_loss(d, own, target, clips, encoder, cfg)
+                adv[d.domain] = adv[d.domain] + pull
             also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
             l_pixel = pixel + perceptual + also + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
             l_feature = feature + cfg.lambda_adv * adv["feature"]  # Paper: Eq. 3
@@ -163,9 +175,9 @@ def train_step(
         # The discriminators' step, on the student's clip as it was. One type of clip after the other: all at
         # once, they would not fit on a card.
         discriminators.requires_grad_(True)
-        if cfg.real_video == "teacher":
-            clips["video"] = x_t  # Paper: Table 7
-        for name, d in discriminators.items():
+        for name, d in relative.items():
+            terms |= rpgan.learn(name, d, seen.pop(name), share, world.autocast, cfg)
+        for name, d in softplus.items():
             see, terms[f"disc_{name}"] = d.look if d.domain == "pixel" else encoder, 0.0
             with world.autocast():
                 types = five_clips(seen.pop(name), see, clips)  # Paper: Eq. 5
@@ -190,10 +202,11 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 
 def print_scores(means: dict[str, float], discriminators) -> None:
-    """Mean score, detail / consistency, of each type of clip: which head of which discriminator wins."""
+    """Mean score, detail / consistency, of each type of clip, or RpGAN's margin: which head of which
+    discriminator wins."""
     for name in discriminators:
         shown = []
-        for kind in LABELS:
+        for kind in (*LABELS, rpgan.MARGIN):
             keys = [f"{name}/{kind}/{head}" for head in ("detail", "consistency")]
             scores = "/".join(f"{means[key]:+.2f}" for key in keys if key in means)
             shown += [f"{kind} {scores}"] * bool(scores)

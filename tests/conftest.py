@@ -1,6 +1,10 @@
-"""Settings of every test: our own files use nothing that is about to be removed from a package."""
+"""Settings of every test: one core, and nothing of ours uses what a package is about to remove."""
 
+import os
 from pathlib import Path
+
+# Before anything imports torch. Two threads that wait for each other beside another test burn both cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parent.parent
 

@@ -40,7 +40,7 @@ def test_table_1_counts_the_papers_parameters_and_times_every_method(capsys):
     assert len(re.findall(r"[\d.]+ B", out)) == 2 * len(bench.PAPER)
 
 
-@pytest.mark.parametrize("stage", ["train1", "train2"])
+@pytest.mark.parametrize("stage", ["train1", pytest.param("train2", marks=pytest.mark.slow)])
 def test_a_training_step_is_timed_and_its_operations_counted(stage, capsys):
     bench.WORK[stage](Args(stage))
     done = re.search(r"([\d.e-]+) s a step, ([\d.e-]+) TFLOP: ([\d.e-]+) TFLOP/s", capsys.readouterr().out)

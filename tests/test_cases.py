@@ -695,9 +695,11 @@ runtime.run(main)
 
 
 @pytest.mark.parametrize(
-    "shell", ["", ">&-", "2>&-", ">&- 2>&- <&-", "| true", "2>&1 | true", "2>&1 >/dev/null | true"]
+    "shell, encoding",
+    [("", "ascii"), ("", "cp1252"), ("", "utf-8"), (">&-", "ascii"), ("2>&-", "cp1252")]
+    + [(">&- 2>&- <&-", "ascii"), ("| true", "utf-8"), ("2>&1 | true", "ascii")]
+    + [("2>&1 >/dev/null | true", "cp1252")],
 )
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_no_terminal_brings_a_traceback(tmp_path, shell, encoding):
     (tmp_path / "talk.py").write_text(TALK)
     environment = os.environ | {"PYTHONPATH": str(Path(infer.__file__).parent), "PYTHONIOENCODING": encoding}

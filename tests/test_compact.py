@@ -152,3 +152,12 @@ def test_its_settings_must_go_together():
     with pytest.raises(UserError, match="--lambda-2d: .* --dists, which is none"):
         load_anchors(settings, None)
     assert load_anchors(SimpleNamespace(lambda_2d=0.0, lambda_warp=0.0), None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, blocks", [("none", 0), ("conv", 8), ("double", 8), ("attention", 8)])
+def test_every_row_of_table_5_starts_as_the_2d_network(kind, blocks):
+    lr = torch.rand(1, 3, 3, 6, 6) * 2 - 1
+    net = CompactVSR.from_realesrgan(temporal_kind=kind)
+    assert len(net.temporal) == blocks
+    torch.testing.assert_close(net(lr), CompactVSR.from_realesrgan()(lr), rtol=0, atol=1e-6)

@@ -453,9 +453,17 @@ def test_clips_are_cut_into_as_few_parts_as_keep_all_processes_busy():
     assert missing_segments({0, 5}, SEGMENT) == [1, 2, 3, 4, 6]
 
 
+def assert_same_pngs(one: Path, two: Path, frames: int) -> None:
+    """Pixel for pixel; but torchrun gives each process one thread, another count sums in another order, and
+    where that falls on the edge of two levels of 256 a pixel is one level off."""
+    assert names(one) == names(two) and len(names(one)) == frames
+    apart = np.abs(read_clip(one).astype(int) - read_clip(two))
+    assert apart.max() <= 1 and np.mean(apart > 0) < 1e-4
+
+
 @pytest.mark.slow
 def test_two_processes_make_what_one_makes(tmp_path, weights):
-    """A long clip in parts and a short one, PNG for PNG; a bad file stops neither."""
+    """A long clip in parts and a short one; a bad file stops neither."""
     long, short = (
         write_frames(tmp_path / n, *shots_of(t)) for n, t in (("long", 3 * SEGMENT + 10), ("short", 9))
     )
@@ -467,9 +475,7 @@ def test_two_processes_make_what_one_makes(tmp_path, weights):
         assert done.returncode and "error: 1 of 3 clips could not be upscaled" in done.stderr
         assert names(out) == ["long_x4", "short_x4"]
     for clip, frames in ("long_x4", 3 * SEGMENT + 10), ("short_x4", 9):
-        one, two = (tmp_path / out / clip for out in ("one", "two"))
-        assert names(two) == names(one) and len(names(one)) == frames
-        assert all((two / png).read_bytes() == (one / png).read_bytes() for png in names(one))
+        assert_same_pngs(tmp_path / "one" / clip, tmp_path / "two" / clip, frames)
 
 
 @pytest.mark.slow
@@ -493,7 +499,7 @@ def test_a_process_that_dies_costs_its_segments_and_the_same_command_goes_on(tmp
         check=True,
         capture_output=True,
     )
-    assert np.array_equal(read_clip(tmp_path / "out"), read_clip(straight))
+    assert_same_pngs(straight, tmp_path / "out", 5 * SEGMENT)
 
 
 # --- one line on failure -------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def norm_and_reference(x, norm, bias, silu=True) -> list[tuple[torch.Tensor, tor
 @pytest.mark.skipif(not find_spec("triton"), reason="Triton comes with torch on Linux only")
 def test_all_of_this_file_in_tritons_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if "only 0-dimensional arrays can be converted" in result.stdout:
         pytest.skip("this Triton's interpreter does not work with this NumPy")

@@ -40,6 +40,7 @@ from onestep import (
     sample,
     to_latents,
 )
+from rpgan import feature_matching, noisy, perturbed, relativistic
 from runtime import UserError, newest_checkpoint
 from seedvr2 import NaDiT, VideoVAE
 from sharding import ShardedWorld, shard
@@ -56,7 +57,6 @@ from train_onestep import (
     dpo_loss,
     drawn,
     duo_step,
-    feature_matching,
     flow_loss,
     guided,
     halve_step,
@@ -64,9 +64,7 @@ from train_onestep import (
     hinge,
     main,
     memory,
-    perturbed,
     prefer_step,
-    relativistic,
     walk,
 )
 
@@ -278,11 +276,7 @@ def test_rpgan_is_log_2_where_both_are_equal_and_only_differences_count():
 
 def test_r1_of_a_linear_judge_is_the_square_of_its_slope_times_that_of_sigma():
     slope, x = torch.randn(8), torch.randn(200_000, 8)
-
-    def linear(x, t, cond):
-        return x @ slope, []
-
-    found = perturbed(linear, linear(x, None, None)[0], x, torch.ones(len(x)), NOTHING, 0.1)
+    found = perturbed(x @ slope, noisy(x, 0.1) @ slope)
     assert found.item() == pytest.approx(0.1**2 * slope.square().sum().item(), rel=0.02)
 
 
