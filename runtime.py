@@ -252,6 +252,20 @@ class World:
         """Whether the flag is set in any process."""
         return self.mean({"flag": float(flag)})["flag"] > 0
 
+    def ask(self, flag: Callable[[], bool]) -> Callable[[], bool]:
+        """Asks all processes whether any has its flag set now; what is returned waits for the answer. Neither
+        waits for a GPU. A process on its own is asked when the answer is wanted."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(int(flag()), device="cpu")
+        message = dist.all_reduce(flags, async_op=True)
+
+        def answer() -> bool:
+            message.wait()
+            return bool(flags)
+
+        return answer
+
     def same(self, number: int) -> bool:
         """Whether all processes say the same number."""
         if self.size == 1:
@@ -298,14 +312,14 @@ def shared_store() -> tuple[dist.Store, int, int]:
 
 
 def init_world() -> World:
-    """Joins torchrun's process group (NCCL on GPUs, gloo on CPUs); without torchrun a world of one."""
+    """Joins torchrun's process group (NCCL for GPUs, gloo for CPUs); without torchrun a world of one."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         store, rank, size = shared_store()
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size(), device)

@@ -195,9 +195,10 @@ class Run:
                 self.step += 1
                 # A resumed run draws what it would have drawn.
                 torch.manual_seed(hash((cfg.seed, self.step, self.world.rank)))
+                # Asked of one process, done by all: the question is on its way while they make the step.
+                asked = self.world.ask(lambda: self.stop)
                 yield self.step, batch
-                # Asked of one process, done by all; they wait for each other, so not at every step.
-                stopping = (self.world.size == 1 or self.speaks) and self.world.any(self.stop)
+                stopping = asked()
                 if self.due or (stopping and not cfg.dry_run):
                     self.save()
                 if stopping:

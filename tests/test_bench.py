@@ -45,6 +45,28 @@ def test_a_process_is_timed_with_a_memory_of_its_own():
         bench.as_process("1 / 0")
 
 
+def test_seams_are_steps_at_borders_over_steps_elsewhere():
+    ramp = torch.arange(12.0) + 3 * (torch.arange(12) >= 8)  # a step of 1 everywhere, of 4 at 8
+    assert bench.seams((ramp[:, None] + ramp).expand(2, 3, 12, 12), border=8) == pytest.approx(4)
+    assert bench.seams((ramp[:, None] + ramp).expand(2, 3, 12, 12), border=4) == pytest.approx(2.5)
+
+
+def test_attention_in_windows_is_compared_with_full_attention(capsys):
+    bench.attention(Args("attention", clips=1))
+    row = capsys.readouterr().out.splitlines()[-1]
+    found = dict(re.findall(r"(\w+) ([\d.]+)", row))
+    assert row.startswith("tiny, mean") and 30 < float(found["psnr"]) < 80
+    assert 0.5 < float(found["seams_difference"]) < 2
+
+
+@pytest.mark.slow
+def test_end2end_prints_its_rows(capsys):
+    bench.end2end(Args("end2end"))
+    out = capsys.readouterr().out
+    assert "FAILED" not in out and "clip, both the same               same 1" in out
+    assert len(re.findall(r"infer.py, .* frames_per_s [\d.]+ ", out)) == 4
+
+
 @pytest.mark.slow
 def test_infer_prints_its_rows(capsys):
     bench.infer(Args("infer"))

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,6 +273,36 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     assert names(tmp_path) == before
 
 
+def test_a_gpu_takes_as_many_frames_a_step_as_its_memory_holds():
+    with torch.device("meta"):
+        net = AdcVSR(**PRESETS["full"]).bfloat16()
+    assert infer.chunk_that_fits(net, 270, 480, gb=24) == infer.CHUNK  # to 1080p
+    assert infer.chunk_that_fits(net, 540, 960, gb=48) == 2  # to 4K
+    assert peak_gb(net, 540, 960, frames=2) < 40
+
+
+def test_the_frames_a_step_follow_from_the_smallest_card_and_the_clips_size_alone(monkeypatch):
+    sizes = iter((24e9, 0.04e9) * 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda card: SimpleNamespace(total_memory=next(sizes))
+    )
+    net = AdcVSR(**PRESETS["tiny"] | NARROW)
+    args = partial(infer.Args, (Path("clip.mp4"),), dtype="float32")
+
+    def chunk(size, **given):
+        return infer.with_chunk(args(**given), size, lambda: net).chunk
+
+    assert chunk((16, 16), device="cuda") == 8 and chunk((192, 128), device="cuda:1") == 1
+    assert chunk((192, 128), device="cpu") == 8 and chunk((192, 128), device="cuda", chunk=5) == 5
+
+
+def test_attention_in_windows_is_refused_where_there_is_no_attention(tmp_path, refusal):
+    clip = make_clip(tmp_path / "clip.mp4", frames=2)
+    compact = ROOT / "weights" / "realesr-general-x4v3.pth"
+    assert "has no attention over a frame" in refusal(clip, "--attention", "windows", "--weights", compact)
+
+
 # --- interruptions -------------------------------------------------------------------------------------
 
 
@@ -297,19 +329,20 @@ def test_a_killed_run_resumes_to_the_same_frames(tmp_path):
     assert times_of(resumed) == times_of(straight)
 
 
-@pytest.mark.parametrize("changed", ["color", "input", "weights"])
+@pytest.mark.parametrize("changed", ["color", "attention", "input", "weights"])
 def test_segments_of_another_command_are_refused_and_fresh_is_the_way_out(
     tmp_path, run_here, refusal, weights, changed
 ):
     clip = make_clip(tmp_path / "clip.mp4", frames=3)
     args = infer.parse([str(clip), "--weights", str(weights if changed != "weights" else tmp_path)])
+    args = replace(args, chunk=infer.CHUNK)
     with pytest.raises(KeyboardInterrupt), VideoReader(clip) as reader:
         (writer,) = infer.writers_for(tmp_path / "clip_x4.mp4", reader, args)
         with writer:
             for _ in range(SEGMENT):
                 writer.write(np.zeros((96, 160, 3), np.uint8), writer.done / reader.rate)
             raise KeyboardInterrupt
-    flags = ["--color", "adain"] if changed == "color" else []
+    flags = {"color": ["--color", "adain"], "attention": ["--attention", "windows"]}.get(changed, [])
     if changed == "input":
         os.utime(clip, ns=(0, 0))
     line = refusal(clip, *flags, planned=True)
@@ -355,7 +388,7 @@ def test_what_goes_on_in_the_middle_gives_the_same_frames(tmp_path, weights, len
     net = AdcVSR.from_pretrained(weights).eval()
     clip = write_frames(tmp_path / "clip", np.concatenate(shots_of(*lengths)))
     args = infer.parse([str(clip), "--window", str(window)])
-    reach, grid = (window - 1, window - 2 * infer.CONTEXT) if window else (net.lag, args.chunk)
+    reach, grid = (window - 1, window - 2 * infer.CONTEXT) if window else (net.lag, infer.CHUNK)
 
     def results(begin: int) -> list[np.ndarray]:
         with VideoReader(clip) as reader:

@@ -73,6 +73,8 @@ def two_processes(folder: Path, function, *args) -> list:
 def what_a_world_says(world: World) -> dict:
     mean = world.mean({"rank": float(world.rank), "loss": 0.1 + world.rank * 10})
     flags = [world.any(world.rank == 1), world.any(False), world.any(True)]
+    questions = [world.ask(lambda flag=flag: flag) for flag in (world.rank == 1, False, True)]
+    flags += [answer() for answer in reversed(questions)]
     world.barrier()
     return {"rank": world.rank, "size": world.size, "main": world.is_main, "mean": mean, "flags": flags}
 
@@ -82,7 +84,7 @@ def test_two_processes_agree_on_means_and_flags(tmp_path):
     assert (first["rank"], first["size"], first["main"]) == (0, 2, True)
     assert (second["rank"], second["size"], second["main"]) == (1, 2, False)
     assert first["mean"] == second["mean"] == {"rank": 0.5, "loss": pytest.approx(5.1, abs=1e-12)}
-    assert first["flags"] == second["flags"] == [True, False, True]
+    assert first["flags"] == second["flags"] == [True, False, True] * 2
 
 
 def test_without_torchrun_there_is_a_world_of_one(monkeypatch):

@@ -39,7 +39,7 @@ def test_stream_equals_clip_for_uneven_chunks_of_odd_frames():
 @torch.no_grad()
 def test_stream_equals_clip_with_attention_in_windows():
     net = awake(AdcVSR(**{**SMALL, "temporal": "block"})).double()
-    lr = clip(b=2, t=11, h=18, w=40, dtype=torch.float64)
+    lr = clip(t=7, h=18, w=40, dtype=torch.float64)
     full = net(lr)
     net.set_attention("windows", window=3)
     expected = net(lr)

@@ -422,7 +422,7 @@ def stopped_by_the_second(world: World, folder: Path) -> None:
 
 def test_a_signal_to_one_of_two_processes_saves_too(tmp_path):
     two_processes(tmp_path, stopped_by_the_second, tmp_path)
-    assert names(tmp_path / "run") == ["log.jsonl", "step_000001"]
+    assert names(tmp_path / "run") == ["log.jsonl", "step_000002"]  # the next one both know of
 
 
 # ----------------------------------------------------------------- the command itself
