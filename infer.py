@@ -311,8 +311,8 @@ def with_chunk(args: Args, size: tuple[int, int], network: Callable[[], Student]
     # Another number rounds otherwise. So it must not follow from what happens to be free: the same command,
     # started again, and all processes of a torchrun have to find the same one.
     cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    gb, (w, h) = min(card.total_memory for card in cards) / 1e9, size
-    return replace(args, chunk=chunk_that_fits(network(), h, w, gb))
+    net, (w, h) = network(), size  # first of all: it tells where there is no such device
+    return replace(args, chunk=chunk_that_fits(net, h, w, min(card.total_memory for card in cards) / 1e9))
 
 
 # --- One clip ----------------------------------------------------------------------------------------
