@@ -12,6 +12,7 @@ what users of such a tool need.
 import ctypes
 import math
 import os
+import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -360,7 +361,7 @@ def writers_for(output: Path, reader: VideoReader, args: Args, shared: bool = Fa
 
 
 def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args: Args) -> None:
-    """What is to be done: frames, segments, memory, disk."""
+    """What is to be done: frames, segments, memory, disk. `UserError` where the disk is too full."""
     (w, h), frames = input_size(reader, args), expected_frames(reader, args) or 0
     weight = next(net.parameters())
     rate = f" {float(reader.rate):.6g} fps" if reader.kind == "video" else ""
@@ -377,6 +378,10 @@ def print_plan(net: Student, reader: VideoReader, output: Path, done: int, args:
     )
     if args.dry_run:  # which takes seconds to count
         print(f"memory: {peak_gb(net, h, w, args.window or args.chunk, bool(args.window)):.2f} GB at most")
+    free = shutil.disk_usage(output.resolve().parent).free / 2**30
+    if 2 * disk > free:
+        needed = f"needs about {2 * disk:.1f} GB, {free:.1f} GB are free"
+        raise UserError(f"{output}: {needed}. Choose another -o.")
 
 
 def print_notes(notes: Iterable[str]) -> None:
