@@ -88,7 +88,7 @@ class Args:
     window: int = 0  # windows of N frames instead of one exact stream (0: stream)
     attention: Literal["full", "windows"] = "full"  # windows: each position of a frame sees those around it
     shots: Literal["auto", "none"] = "auto"  # auto: no shot sees another; none: the clip is one
-    color: Literal["auto", "none", "adain"] = "auto"  # from the input; auto: adain with --adcsr
+    color: Literal["auto", "none", "adain", "wavelet"] = "auto"  # from the input; auto: adain with --adcsr
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is fast
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...; auto: a GPU if there is one
     crf: int = CRF  # H.264 quality, 0 best, 51 worst
@@ -138,6 +138,19 @@ def adain(sr: Tensor, lr: Tensor) -> Tensor:
     lr_std, lr_mean = torch.std_mean(lr, dim=(-2, -1), keepdim=True)
     return (sr - sr_mean) / sr_std.clamp_min(1e-6) * lr_std + lr_mean
 
+
+def wavelet(sr: Tensor, lr: Tensor, levels: int = 5) -> Tensor:
+    """Replaces the low frequencies of each frame, what `levels` widening 3x3 blurs leave, by the input's."""
+    low = bicubic(lr) - sr
+    taps = torch.tensor([0.25, 0.5, 0.25], device=sr.device)
+    kernel = (taps[:, None] * taps).expand(3, 1, 3, 3)
+    for level in range(levels):  # a blur of the difference is the difference of the blurs
+        low = F.pad(low, (2**level,) * 4, mode="replicate")
+        low = F.conv2d(low, kernel, dilation=2**level, groups=3)
+    return sr + low
+
+
+COLORS = {"adain": adain, "wavelet": wavelet}
 
 # --- Frames in, frames out ---------------------------------------------------------------------------
 
@@ -239,9 +252,9 @@ def super_resolve(
     def pieces() -> Iterator[tuple]:
         for sr in streams():
             sources, sr = [waiting.popleft() for _ in range(sr.shape[1])], sr[0]
-            if color == "adain":
+            if color in COLORS:
                 lr = to_network(to_clip([frame.rgb for frame in sources]).to(device))
-                sr = adain(sr.float(), lr)
+                sr = COLORS[color](sr.float(), lr)
             rgb = rearrange(to_uint8(sr), "t c h w -> t h w c")
             result = sources, fetched(rgb), fetched(torch.isfinite(sr).all())
             yield *result, torch.cuda.current_stream(device).record_event() if sr.is_cuda else None

@@ -49,22 +49,28 @@ from warping import FLOWS, dis_flow, load_raft, raft_flow, warping_errors
 
 # ---- PSNR and SSIM ----------------------------------------------------------------------------------------
 
-YIQ = (0.299, 0.587, 0.114)  # weights of R, G, B in luma
+LUMA = {  # weights of R, G, B and the offset, for values in [0, 1]
+    "yiq": ((0.299, 0.587, 0.114), 0.0),
+    "ycbcr": ((65.481 / 255, 128.553 / 255, 24.966 / 255), 16 / 255),  # BT.601, studio range
+}
 PYIQA_EPS = 1e-8  # pyiqa adds it to the mean squared error: its PSNR ends at 80 dB
 
 
-def luma(frames: Tensor) -> Tensor:
-    """Frames (... 3 h w), uint8 or float in [0, 1] -> (... h w), float in [0, 1]."""
+def to_color(frames: Tensor, color: str) -> Tensor:
+    """Frames (... 3 h w), uint8 or float in [0, 1], as float in [0, 1]: "rgb", or the luma (... 1 h w)."""
     frames = to_unit(frames)
-    return torch.einsum("... c h w, c -> ... h w", frames, frames.new_tensor(YIQ))
+    if color == "rgb":
+        return frames
+    weights, offset = LUMA[color]
+    return torch.einsum("... c h w, c -> ... h w", frames, frames.new_tensor(weights)).unsqueeze(-3) + offset
 
 
-def psnr(pred: Tensor, gt: Tensor, eps: float = 0.0) -> Tensor:
-    """Peak signal-to-noise ratio of each frame in dB, on RGB, infinite for equal frames (80 with PYIQA_EPS).
+def psnr(pred: Tensor, gt: Tensor, color: str = "rgb", eps: float = 0.0) -> Tensor:
+    """Peak signal-to-noise ratio of each frame in dB, infinite for equal frames (80 with PYIQA_EPS).
 
-    pred, gt (... 3 h w), uint8 or float in [0, 1]. Returns (...).
+    pred, gt (... 3 h w), uint8 or float in [0, 1]. Returns (...). `color` rgb, or the luma yiq or ycbcr.
     """
-    error = to_unit(pred) - to_unit(gt)
+    error = to_color(pred, color) - to_color(gt, color)
     return -10 * torch.log10(error.square().mean((-3, -2, -1)) + eps)
 
 
@@ -77,13 +83,13 @@ def blur(x: Tensor) -> Tensor:
     return unpack(images, lead, "* h w")[0]
 
 
-def ssim(pred: Tensor, gt: Tensor) -> Tensor:
-    """Structural similarity of each frame (Wang et al., 2004), on luma, in every detail pyiqa's default.
+def ssim(pred: Tensor, gt: Tensor, color: str = "yiq") -> Tensor:
+    """Structural similarity of each frame (Wang et al., 2004), in every detail pyiqa's default.
 
-    pred, gt (... 3 h w), uint8 or float in [0, 1], at least 11x11. Returns (...) float64, at most 1.
-    Values rounded to 0..255, contrast term not below 0.
+    pred, gt (... 3 h w), uint8 or float in [0, 1], at least 11x11. Returns (...) float64, at most 1. `color`
+    rgb (mean over channels), yiq or ycbcr. Values rounded to 0..255, contrast term not below 0.
     """
-    x, y = ((255 * luma(frames).double()).round() for frames in (pred, gt))
+    x, y = ((255 * to_color(frames, color).double()).round() for frames in (pred, gt))
     if min(x.shape[-2:]) < 11:
         raise UserError(f"SSIM needs frames of at least 11x11, these are {x.shape[-1]}x{x.shape[-2]}")
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -91,7 +97,7 @@ def ssim(pred: Tensor, gt: Tensor) -> Tensor:
     var_x, var_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     contrast = (2 * covariance + c2) / (var_x + var_y + c2)
-    return (luminance * contrast.clamp(min=0)).mean((-2, -1))
+    return (luminance * contrast.clamp(min=0)).mean((-3, -2, -1))
 
 
 # ---- Detail -----------------------------------------------------------------------------------------------
@@ -99,10 +105,10 @@ def ssim(pred: Tensor, gt: Tensor) -> Tensor:
 
 def high_frequencies(clip: Tensor) -> Tensor:
     """What LR has no room for: luma's spectrum (t n) above 1/8 cycle a pixel; clip (t 3 h w)."""
-    y = luma(clip).double()
-    h, w = y.shape[-2:]
-    window = torch.outer(torch.hann_window(h), torch.hann_window(w)).to(y)  # a frame's ends do not meet
-    spectrum = torch.fft.rfft2((y - y.mean((1, 2), keepdim=True)) * window)
+    luma = to_color(clip, "yiq")[:, 0].double()
+    h, w = luma.shape[-2:]
+    window = torch.outer(torch.hann_window(h), torch.hann_window(w)).to(luma)  # a frame's ends do not meet
+    spectrum = torch.fft.rfft2((luma - luma.mean((1, 2), keepdim=True)) * window)
     return spectrum[:, torch.hypot(torch.fft.fftfreq(h)[:, None], torch.fft.rfftfreq(w)) > 0.5 / SCALE]
 
 
@@ -326,7 +332,8 @@ def best_shift(frames: Iterable[dict[str, np.ndarray]]) -> tuple[int, int, float
     of PSNR (on luma) that this costs; frames as of `in_step`. A blurred prediction is no shifted one."""
     errors = 0.0
     for frame in frames:
-        pred, gt = (luma(to_clip([frame[side]]))[0] for side in ("prediction", "ground truth"))
+        pair = (to_clip([frame[side]]) for side in ("prediction", "ground truth"))
+        pred, gt = (to_color(one, "yiq")[0, 0] for one in pair)
         h, w = (size - 2 * REACH for size in pred.shape)
         moved = gt.unfold(0, h, 1).unfold(1, w, 1)  # (dy dx h w), a view
         errors = errors + (moved - pred[REACH:-REACH, REACH:-REACH]).square().mean((-2, -1))
@@ -347,9 +354,9 @@ BATCH_PIXELS = 8 * 512 * 512  # of the prediction, at once on the device
 def load_judge(name: str, args: "Args", device: str) -> Callable:
     """The function behind a metric; `Unavailable` where it cannot be had."""
     if name == "psnr":
-        return partial(psnr, eps=PYIQA_EPS if args.protocol else 0.0)
+        return partial(psnr, color=args.colors[name], eps=PYIQA_EPS if args.protocol else 0.0)
     if name == "ssim":
-        return ssim
+        return partial(ssim, color=args.colors[name])
     if name == "dists":
         return DISTS.from_pretrained().to(device)
     if name == "ewarp":
@@ -399,11 +406,16 @@ class Args:
     gt: Annotated[Positional[Path | None], arg(metavar="GT")] = None  # ground truth, the same, paired by name
     input: Path | None = None  # the network's input, drawn by --profile
     metrics: str | None = None  # some of Table 1, as psnr,dover, or all (psnr,ssim,ewarp; without GT ewarp)
+    color: Literal["rgb", "yiq", "ycbcr"] | None = None  # of PSNR (default rgb) and SSIM (default yiq)
     flow: Literal["raft", "dis"] = "raft"  # optical flow of E*_warp
     protocol: Literal["adcvsr"] | None = None  # the paper's: 25 frames, 512x512, EvalCrafter's E*_warp
     dover: Path = Path("DOVER")  # checkout of DOVER's repository
     profile: bool = False  # draw the middle row over time, NAME_profile.png beside PRED
     json: Path | None = None  # write settings, clips and means here
+
+    @property
+    def colors(self) -> dict[str, str]:
+        return {"psnr": self.color or "rgb", "ssim": self.color or "yiq"}
 
     @property
     def convention(self) -> str:
@@ -479,7 +491,7 @@ def evaluate(args: Args) -> dict:
 
     print(f"{args.pred} against {args.gt or 'no ground truth'}: clips {len(pairs)}, protocol {args.protocol}")
     if args.gt:
-        print("PSNR on RGB, SSIM on luma")
+        print("PSNR on {psnr}, SSIM on {ssim}".format(**args.colors))
     if "ewarp" in judges:
         print(f"E*_warp x 1000, convention {args.convention}, flow {FLOWS[args.flow]}")
     print(f"{'clip':28} {'frames':>6} {'size':>9}" + "".join(f"{name:>9}" for name in judges))
@@ -502,7 +514,8 @@ def evaluate(args: Args) -> dict:
             print(note)
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in judges}
     print(table_line({"name": "mean"} | mean, judges))
-    settings = {"protocol": args.protocol, "convention": args.convention, "flow": FLOWS[args.flow]}
+    settings = {"protocol": args.protocol, "color": args.colors}
+    settings |= {"convention": args.convention, "flow": FLOWS[args.flow]}
     return {"settings": settings, "clips": rows, "mean": mean, "not_computed": missing}
 
 

@@ -366,7 +366,7 @@ def shots_of(*lengths: int) -> list[np.ndarray]:
     return [procedural_clip(generator(k), t, (16, 24)).frames for k, t in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("flags", [(), ("--window", 12), ("--chunk", 5, "--color", "adain")])
+@pytest.mark.parametrize("flags", [(), ("--window", 12), ("--chunk", 5, "--color", "wavelet")])
 def test_a_clip_becomes_what_its_shots_become(tmp_path, run_here, flags):
     shots = shots_of(20, 1, 30)
     clip = write_frames(tmp_path / "clip", np.concatenate(shots))
@@ -601,6 +601,14 @@ def test_adain_gives_the_inputs_statistics():
     fixed = infer.adain(sr, lr)
     for f in (torch.mean, torch.std):
         torch.testing.assert_close(f(fixed, dim=(-2, -1)), f(lr, dim=(-2, -1)))
+
+
+def test_wavelet_takes_the_low_frequencies_from_the_input_and_the_detail_from_the_network():
+    stripes = torch.ones(1, 3, 128, 128)
+    stripes[:, :, ::2] = -1
+    fixed = infer.wavelet(0.3 + stripes, torch.zeros(1, 3, 32, 32))
+    inside = (..., slice(32, -32), slice(32, -32))  # borders are replicated
+    torch.testing.assert_close(fixed[inside], stripes[inside], atol=1e-3, rtol=0)
 
 
 def test_in_windows_every_frame_comes_once_with_context_on_both_sides():

@@ -57,19 +57,23 @@ def test_psnr_of_equal_frames_is_infinite_and_80_in_pyiqas_form():
     assert psnr(gt, gt, eps=PYIQA_EPS).item() == pytest.approx(80)
 
 
-def test_psnr_and_ssim_equal_pyiqas_numbers():
+@pytest.mark.parametrize(
+    ("color", "db", "similarity"),
+    [("rgb", 26.2766, 0.985338), ("yiq", 29.7854, 0.985550), ("ycbcr", 31.1073, 0.985686)],
+)
+def test_psnr_and_ssim_equal_pyiqas_numbers_in_each_colour(color, db, similarity):
     # pyiqa 0.1.16 on the same seeded frames
     rng = torch.Generator().manual_seed(0)
     gt = torch.rand(1, 3, 96, 96, generator=rng)
     pred = (gt + 0.05 * torch.randn(1, 3, 96, 96, generator=rng)).clamp(0, 1)
-    assert psnr(pred, gt, eps=PYIQA_EPS).item() == pytest.approx(26.2766, abs=1e-4)
-    assert ssim(pred, gt).item() == pytest.approx(0.985550, abs=1e-6)
+    assert psnr(pred, gt, color, eps=PYIQA_EPS).item() == pytest.approx(db, abs=1e-4)
+    assert ssim(pred, gt, color).item() == pytest.approx(similarity, abs=1e-6)
 
 
 @pytest.mark.parametrize(("a", "b", "expected"), [(100, 110, 0.995476), (0, 255, 9.999e-5)])
 def test_ssim_of_constant_frames_is_its_closed_form(a, b, expected):
     flat = torch.ones(3, 16, 16, dtype=torch.uint8)
-    assert ssim(flat * a, flat * b).item() == pytest.approx(expected, rel=1e-4)
+    assert ssim(flat * a, flat * b, color="rgb").item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_ssim_is_one_for_equal_frames_symmetric_and_blind_to_flips():
@@ -292,7 +296,7 @@ def test_the_numbers_survive_the_round_trip_through_process_and_json(tmp_path):
     result = json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert result["settings"]["convention"] == "corrected" and "DIS" in result["settings"]["flow"]
     assert "convention corrected, flow OpenCV DIS" in done.stdout
-    assert "PSNR on RGB, SSIM on luma" in done.stdout
+    assert "PSNR on rgb, SSIM on yiq" in done.stdout
 
     a, b = result["clips"]
     assert (a["name"], a["psnr"], a["frames"], a["size"]) == ("a", "inf", 3, "96x64")
