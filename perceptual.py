@@ -1,7 +1,7 @@
 """Perceptual distance: DISTS, a metric (Sec. 4.1) and the loss of Eq. 2, and a small network in its place.
 
 two images --frozen network--> maps of each stage --> DISTS: texture and structure compared, weighted
-                                                  --> MapDistance: L1, after normalisation
+                                                  --> LiteDISTS: all alike
 """
 
 from collections.abc import Iterable
@@ -122,14 +122,11 @@ def efficientnet_lite(n: int = 0) -> nn.Module:
     return freeze(net)
 
 
-class MapDistance(nn.Module):
-    """Perceptual distance by a small network: mean L1 between its maps, each normalised over its channels.
+class LiteDISTS(nn.Module):
+    """DISTS' formula on frames and a small network's maps of them, all channels alike.
 
-    Stands in for DISTS where its VGG is not to be had, or too slow.  # Choice: a tenth of it, which is about
-    as large as the L1 of the pixels beside it in Eq. 2.
+    Stands in for DISTS where its VGG is not to be had, or too slow. `backbone`: `efficientnet_lite`.
     """
-
-    WEIGHT = 0.1
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
@@ -137,17 +134,15 @@ class MapDistance(nn.Module):
 
     def forward(self, pred: Tensor, gt: Tensor) -> Tensor:
         """pred, gt (n 3 h w) in [0, 1] -> (n,), 0 for equal frames."""
-        distances = []
-        for x, y in zip(*(self.backbone(2 * frames - 1) for frames in (pred, gt)), strict=True):
-            x, y = (F.layer_norm(m.float().movedim(1, -1), m.shape[1:2], eps=1e-2) for m in (x, y))
-            distances.append((x - y).abs().mean((1, 2, 3)))
-        return self.WEIGHT * torch.stack(distances).mean(0)
+        xs, ys = ([x, *self.backbone(x)] for x in (2 * frames - 1 for frames in (pred, gt)))
+        share = 1 / sum(2 * x.shape[1] for x in xs)
+        return 1 - map_similarity(xs, ys, [x.new_full((2, x.shape[1]), share) for x in xs])
 
 
 def load_dists(name: str) -> nn.Module | None:
     """The network of the loss: pretrained, seeded (no judge, but no download), efficientnet_lite0 or none."""
     if name == "efficientnet_lite0":
-        return MapDistance(efficientnet_lite())
+        return LiteDISTS(efficientnet_lite())
     return {"pretrained": DISTS.from_pretrained, "seeded": DISTS.seeded, "none": lambda: None}[name]()
 
 

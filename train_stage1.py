@@ -6,7 +6,7 @@
                             '--teacher (DOVE, once and cached, or on the way) ---------'
 
     torchrun --nproc_per_node=8 train_stage1.py --teacher PATH_TO_DOVE      the paper's recipe
-    python train_stage1.py --preset tiny --videos FOLDER --images FOLDER    two CPU cores, after
+    python train_stage1.py --preset compact --videos FOLDER --images FOLDER two CPU cores, after
              python cache.py --preset tiny --videos FOLDER --images FOLDER
     python train_stage1.py --preset smoke                                   the whole path, a minute, no files
 
@@ -50,7 +50,8 @@ class Config(Settings, Teacher, Data):
     lr_2d: float = 1.0                      # the rate of all but temporal blocks, as a share of lr
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
     lambda_feature: float = 1.0             # weight of the feature losses                     Paper: Eq. 1
-    lambda_2d: float = 0.0                  # compact: of the distance to its 2D network, in Eq. 2
+    lambda_dists: float = 1.0               # of DISTS, or what stands in for it, in Eq. 2
+    lambda_2d: float = 0.0                  # compact: of the same towards its 2D network, in Eq. 2
     lambda_warp: float = 0.0                # compact: of the flicker along HR's motion, in Eq. 2
 
 
@@ -71,7 +72,8 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "lambda_feature": (None,     0.0,           0.0,           None),
     # the new blocks learn fast and the pretrained network slowly, sharp and steady by two terms of their own
     "lr_2d":          (None,     0.1,           None,         None),
-    "lambda_2d":      (None,     1.0,           None,         None),
+    "lambda_dists":   (None,     0.4,           None,         None),
+    "lambda_2d":      (None,     0.12,          None,         None),
     "lambda_warp":    (None,     0.5,           None,         None),
     "procedural":     (None,     0.1,           0.1,           1.0),
     "frames":         (None,     6,             6,             4),
@@ -116,7 +118,7 @@ def train_step(
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)  # Paper: Eq. 3
             also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
-            l_pixel = pixel + perceptual + also
+            l_pixel = pixel + cfg.lambda_dists * perceptual + also
             loss = cfg.lambda_pixel * l_pixel + cfg.lambda_feature * feature  # Paper: Eq. 1
         (share * loss).backward()
         terms = {"loss": loss, "pixel": pixel, "dists": perceptual, "feature": feature}

@@ -8,7 +8,7 @@ Appendix A, Algorithm 1; Eq. 1-5).
     x_S, video, video*, image, image* and their features --> D_pixel, D_feature, labels --> Eq. 4, 5
 
     torchrun --nproc_per_node=8 train_stage2.py             the paper's recipe, after train_stage1.py
-    python train_stage2.py --preset tiny --init weights/tiny --videos FOLDER --images FOLDER
+    python train_stage2.py --preset compact --videos FOLDER --images FOLDER     two CPU cores
     python train_stage2.py --preset smoke                   the whole path, a minute, after stage 1's smoke
 
 The same command again resumes; Ctrl-C saves first; --dry-run says what it costs.
@@ -74,7 +74,8 @@ class Config(Settings, Teacher, Data):
     lambda_r: float = 1000.0                # rpgan: weight of aR1 and aR2               SeedVR2 Sec. 3.3
     sigma: float = 0.1                      # rpgan: of their noise, on clips and on features         APT
     lambda_fm: float = 0.1                  # rpgan: of feature matching, inside lambda_adv   SeedVR2 Sec. 4.2
-    lambda_2d: float = 0.0                  # compact: of the distance to its 2D network, in Eq. 2
+    lambda_dists: float = 1.0               # of DISTS, or what stands in for it, in Eq. 2
+    lambda_2d: float = 0.0                  # compact: of the same towards its 2D network, in Eq. 2
     lambda_warp: float = 0.0                # compact: of the flicker along HR's motion, in Eq. 2
 
 
@@ -155,7 +156,9 @@ def train_step(
                 pull, seen[name] = rpgan.student_loss(d, own, target, clips, encoder, cfg)
                 adv[d.domain] = adv[d.domain] + pull
             also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
-            l_pixel = pixel + perceptual + also + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
+            l_pixel = (
+                pixel + cfg.lambda_dists * perceptual + also + cfg.lambda_adv * adv["pixel"]
+            )  # Paper: Eq. 2
             l_feature = feature + cfg.lambda_adv * adv["feature"]  # Paper: Eq. 3
             loss = cfg.lambda_pixel * l_pixel + cfg.lambda_feature * l_feature  # Paper: Eq. 1
         (share * loss).backward()

@@ -8,6 +8,7 @@ import torch
 import bench
 from bench import Args
 from infer import SHIPPED
+from model import PRESETS, AdcVSR
 from runtime import UserError
 
 
@@ -51,12 +52,20 @@ def test_seams_are_steps_at_borders_over_steps_elsewhere():
     assert bench.seams((ramp[:, None] + ramp).expand(2, 3, 12, 12), border=4) == pytest.approx(2.5)
 
 
-def test_attention_in_windows_is_compared_with_full_attention(capsys):
-    bench.attention(Args("attention", clips=1))
+def test_attention_in_windows_is_compared_with_full_attention(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = AdcVSR(**PRESETS["tiny"])
+    for parameter in net.parameters():
+        if not parameter.any():  # what starts at zero: the tail, of whose output there would be nothing
+            torch.nn.init.normal_(parameter, std=0.02)
+    net.save_pretrained(tmp_path / "tiny")
+    bench.attention(Args("attention", clips=1, weights=(str(tmp_path / "tiny"),)))
     row = capsys.readouterr().out.splitlines()[-1]
     found = dict(re.findall(r"(\w+) ([\d.]+)", row))
     assert row.startswith("tiny, mean") and 30 < float(found["psnr"]) < 80
     assert 0.5 < float(found["seams_difference"]) < 2
+    with pytest.raises(UserError, match=r"compact: has no attention over frames\. Give --weights of"):
+        bench.attention(Args("attention", clips=1))
 
 
 @pytest.mark.slow

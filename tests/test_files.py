@@ -177,8 +177,8 @@ def test_other_files_and_folders_do_not_change_what_is_held_out_of_a_large_set(t
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sample data in ../shared/data")
 def test_the_shipped_weights_list_shares_no_source_with_training():
-    """Of the list behind weights/tiny: what these files show is in no other file of the sample data."""
-    validation = str(ROOT / "weights" / "tiny" / "held_out.txt")
+    """Of the list behind weights/compact: what these files show is in no other file of the sample data."""
+    validation = str(ROOT / "weights" / "compact" / "held_out.txt")
     videos, images = (SHARED / f"train_{kind}" for kind in ("videos", "images"))
     held, trained, sources = set(), set(), {"park", "bee", "train"}
     for folder, suffixes in (videos, VIDEO_SUFFIXES), (images, IMAGE_SUFFIXES):

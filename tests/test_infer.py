@@ -21,6 +21,7 @@ from PIL import Image
 from test_video import EDGE, NTSC, moving_clip, needs_edge, packets, raw_video, times_of, with_sound
 
 import infer
+from compact import CompactVSR
 from data import generator
 from dead_leaves import procedural_clip
 from jobs import jobs_for, missing_segments
@@ -267,8 +268,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, run_here, capfd):
     out = capfd.readouterr().out
     assert f"{clip} 40x24 23.976 fps 230 frames -> {tmp_path / 'clip_x4.mp4'} 160x96\n" in out
     assert "plan: 3 segments of 96 frames, 1 done; chunks of 5 on " in out
-    peak = peak_gb(AdcVSR(**PRESETS["tiny"]), 24, 40, frames=5)
-    assert "in float32; first result after 57 frames\ndisk: 0.00 GB" in out
+    peak = peak_gb(CompactVSR(), 24, 40, frames=5)
+    assert "in float32; first result after 17 frames\ndisk: 0.00 GB" in out
     assert f"memory: {peak:.2f} GB at most" in out
     assert names(tmp_path) == before
 

@@ -35,6 +35,7 @@ import cache as caches
 import train_stage1
 import train_stage2
 from cache import write_clip
+from compact import CompactVSR, load_student
 from data import TrainingClips, loader, micro_batches
 from discriminators import LABELS, FeatureDiscriminator, PixelDiscriminator, five_clips
 from model import AdcVSR
@@ -474,12 +475,12 @@ def test_what_is_given_is_not_stage_1s_even_where_it_is_the_default(tmp_path, ca
 
 
 def test_weights_alone_leave_the_presets_settings(cfg):
-    """The shipped tiny student: a folder without the settings of its run."""
-    weights = str(ROOT / "weights" / "tiny")
-    assert configure(["--preset", "tiny", "--init", weights]) == replace(PRESETS["tiny"], init=weights)
+    """The shipped student: a folder without the settings of its run."""
+    weights = str(ROOT / "weights" / "compact-stage1")
+    assert configure(["--preset", "compact", "--init", weights]) == replace(PRESETS["compact"], init=weights)
     cfg = replace(cfg, init=weights, domains=("pixel",), lambda_feature=0.0, dists="none", batch=1, steps=1)
     main(cfg)
-    assert AdcVSR.from_pretrained(Path(cfg.out) / "step_000001").pixel_skip
+    assert type(load_student(Path(cfg.out) / "step_000001")) is CompactVSR
 
 
 # ----------------------------------------------------------------- ablations
