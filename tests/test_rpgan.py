@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_runtime import names, signals  # noqa: F401 (signals is a fixture)
 from test_train_stage1 import WORLD, logged, on_the_cpu  # noqa: F401 (on_the_cpu is a fixture, for every test)
 from test_train_stage2 import (  # noqa: F401 (cfg and stage1 are fixtures)
     assert_close,
@@ -20,6 +19,7 @@ from test_train_stage2 import (  # noqa: F401 (cfg and stage1 are fixtures)
     stage1,
     update,
 )
+from test_training import names, signals  # noqa: F401 (signals is a fixture)
 
 import discriminators
 from discriminators import HEADS, LABEL_TABLES, LABELS, Scores, Tail, asked, five_clips

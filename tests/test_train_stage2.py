@@ -476,7 +476,7 @@ def test_what_is_given_is_not_stage_1s_even_where_it_is_the_default(tmp_path, ca
 
 def test_weights_alone_leave_the_presets_settings(cfg):
     """The shipped student: a folder without the settings of its run."""
-    weights = str(ROOT / "weights" / "compact-stage1")
+    weights = str(ROOT / "weights" / "compact")
     assert configure(["--preset", "compact", "--init", weights]) == replace(PRESETS["compact"], init=weights)
     cfg = replace(cfg, init=weights, domains=("pixel",), lambda_feature=0.0, dists="none", batch=1, steps=1)
     main(cfg)
