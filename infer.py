@@ -113,7 +113,7 @@ def parse(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, **described)
     wrong = {
         "no input: name a video, a folder of frames, an image, or a folder of clips": not args.input,
-        f"--chunk {args.chunk}: give 1 or more": args.chunk < 0,
+        f"--chunk {args.chunk}: give 1 or more, or 0": args.chunk < 0,
         f"--window {args.window}: give more than {2 * CONTEXT}, the frames that overlap": (
             args.window and args.window <= 2 * CONTEXT
         ),

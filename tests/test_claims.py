@@ -75,7 +75,9 @@ def test_the_document_shows_the_tables_of_the_committed_results():
         if results := [json.loads(file.read_text()) for file in files]:
             assert {result["row"] for result in results} == {row}
             scores[row] = results
-    assert not scores or tables(scores) in DOCUMENT.read_text()
+    if not scores:
+        pytest.skip("no row has been run yet")
+    assert tables(scores) in DOCUMENT.read_text()
 
 
 def test_the_default_is_three_seeds_of_every_row():
