@@ -3,17 +3,18 @@
     quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
     infer     seconds a frame of the shipped network, and in ncnn; start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
+    layers    single layers, in torch's operations and in kernels.py's
     attention full attention against windows of it: PSNR between both results, and whether borders show
     end2end   infer.py from file to file with x264, and the network alone: full attention and windows
     table1    parameters and seconds of the teachers, AdcSR and AdcVSR, the paper's Table 1 beside them
     train1    one step of stage 1 on one clip: seconds, memory, operations, profile
     train2    one step of stage 2
-    gpu       in six minutes what a GPU has to say: network, end2end, train1, train2, table1
+    gpu       in six minutes what a GPU has to say: network, layers, end2end, train1, train2, table1
     data      seconds of a core for each part of loading; a list of a million files
 
 On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute.
-Times are of this machine at this moment: compare rows of one run, not rows of two machines. What a GPU ran is
-also a line of JSON in the file bench.jsonl in the folder $OUT, where that is set.
+Times are of this machine at this moment: compare rows of one run, not rows of two machines. Where $OUT is
+set, rows are lines of JSON, too, in the file bench.jsonl in that folder.
 """
 
 import json
@@ -41,8 +42,10 @@ from unittest.mock import patch
 import imageio.v3 as imageio
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tyro.conf import Positional
 
@@ -58,7 +61,18 @@ from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, c
 from files import list_files
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
 from metrics import detail, psnr, ssim, strips
-from model import PRESETS, SCALE, UNSHUFFLE, WINDOW, AdcVSR, DecoderMidBlock, Upsample, bicubic
+from model import (
+    PRESETS,
+    SCALE,
+    UNSHUFFLE,
+    WINDOW,
+    AdcVSR,
+    DecoderMidBlock,
+    GroupNorm,
+    TemporalConv,
+    Upsample,
+    bicubic,
+)
 from perceptual import DISTS, VGG16, LiteDISTS, efficientnet_lite
 from runtime import UserError, World, run
 from seedvr2 import PRESETS as SEEDVR2
@@ -125,7 +139,11 @@ def in_turns(works: dict[str, Callable[[], object]], repeats: int = 3) -> dict[s
 
 def report(row: str, **values: float) -> None:
     print(f"{row:32}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()), flush=True)
-    if ON_GPU and "OUT" in os.environ:
+    record(row, **values)
+
+
+def record(row: str, **values: float) -> None:
+    if "OUT" in os.environ:
         with open(Path(os.environ["OUT"]) / "bench.jsonl", "a") as file:
             file.write(json.dumps({"row": row, "machine": machine()} | values) + "\n")
 
@@ -261,7 +279,7 @@ def infer(args: Args) -> None:
             clip = Path(folder) / f"{length}.mp4"
             write_sample(clip, length, (48, 64))
             spent, _, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
-            print(f"infer.py, {length:3} frames of 64x48  {spent:6.1f} s  {peak:6.0f} MB", flush=True)
+            report(f"infer.py, {length:3} frames of 64x48", s=spent, mb=peak)
 
 
 TWO_FRAMES = """
@@ -420,6 +438,64 @@ def one_more(net: AdcVSR, state: Stream, chunk: Tensor) -> None:
     deque(decoded(net, *state.step(net.encode, chunk), chunk.shape), maxlen=0)
 
 
+# ---- Single layers -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def layers(args: Args) -> None:
+    """Layers at the network's sizes: ms, TB/s of what has to be read and written, or TFLOP/s."""
+    print(f"bfloat16, {machine()}")
+    t, side = (25, 512) if ON_GPU else (2, 64)
+
+    def picture(n: int, c: int, h: int, w: int) -> Tensor:
+        return torch.randn(n, h, w, c, device=DEVICE, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+
+    def row(name: str, work: Callable[[], object], **total: float) -> None:
+        spent = seconds(work, 5)
+        report(
+            name, ms=1e3 * spent, **{f"{unit}_per_s": amount / 1e12 / spent for unit, amount in total.items()}
+        )
+
+    def rows(name: str, work: Callable[[], object], **total: float) -> None:
+        for kernels.ENABLED in (False, True):
+            attempt(name, partial(row, f"{name}, {'kernels' if kernels.ENABLED else 'torch'}", work, **total))
+
+    def step(net: torch.nn.Module, x: Tensor) -> None:
+        with torch.enable_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            net(x.requires_grad_()).square().mean().backward()
+
+    sizes = ((4, 64, 512, 512), (25, 240, 64, 64), (4, 64, 1088, 1920)) if ON_GPU else ((1, 64, 16, 16),)
+    for size in sizes:
+        x, y = picture(*size), picture(*size)
+        with torch.device(DEVICE):
+            norm = GroupNorm(size[1], PRESETS["full"], 1e-6)
+        rows(f"norm and SiLU of {size}", partial(kernels.norm_silu, x, norm), TB=2 * x.nbytes)
+        rows(f"norm and SiLU of {size}, a step", partial(step, partial(kernels.norm_silu, norm=norm), x))
+        rows(f"bias and residual of {size}", partial(kernels.add_bias, y, norm.bias, x), TB=3 * x.nbytes)
+    x = picture(t, 128, side // 2, side // 2)
+    with torch.device(DEVICE):
+        up, conv = Upsample(128), TemporalConv(240).bfloat16()
+        encoder = feature_encoder(AdcVSR(**PRESETS["full" if ON_GPU else "tiny"]))
+    rows("upsampling and convolution, a step", partial(step, up.to(memory_format=torch.channels_last), x))
+    encoder = World(0, 1, torch.device(DEVICE)).place_frozen(encoder)
+    rows("feature encoder", partial(encoder, torch.rand(1, t, 3, side, side, device=DEVICE)))
+    up.bfloat16()
+    for name, fold in ("nearest", lambda: None), ("folded", up.fold):
+        fold()
+        attempt(name, partial(row, f"upsampling and convolution, {name}", partial(up, x)))
+    clip = picture(t, 240, side // 8, side // 8)[None]
+    flop = 2 * 3 * 240 * clip.numel()
+    attempt("temporal", partial(row, "temporal convolution", partial(conv, clip), TFLOP=flop))
+    for n, places in ((125, 4096), (40, 32640)) if ON_GPU else ((2, 64),):  # frames times heads
+        qkv = [torch.randn(1, n, places, 48, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+        for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION") if ON_GPU else ("FLASH_ATTENTION",):
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                work, flop = partial(F.scaled_dot_product_attention, *qkv), 4 * n * places**2 * 48
+                attempt(
+                    "attention", partial(row, f"attention, {places}, {backend.lower()}", work, TFLOP=flop)
+                )
+
+
 # ---- Attention in windows ----------------------------------------------------------------------------------
 
 
@@ -542,8 +618,8 @@ def end2end(args: Args) -> None:
 
 
 GPU = {  # table: seconds that it may take
-    "network": 90, "end2end": 120, "train1": 60, "train2": 80,
-    "table1 --methods DOVE AdcVSR 'AdcSR, frame by frame'": 60,
+    "network": 75, "layers": 35, "end2end": 90, "train1": 60, "train2": 70,
+    "table1 --methods DOVE AdcVSR 'AdcSR, frame by frame'": 30,
 }  # fmt: skip
 
 
@@ -591,6 +667,7 @@ def table1(args: Args) -> dict[str, float]:
         ours = f"{size / 1e9:8.2f} B {spent[name]:9.3f} {faster}"
         papers = f"{billions:18.2f} B {paper:8.2f} {PAPER['DOVE'][1] / paper:6.1f}x"
         print(f"{name:22} {ours} {papers}", flush=True)
+        record(f"table1, {name}", s=spent[name], parameters=size)
     return spent
 
 
@@ -667,19 +744,20 @@ def train(script, args: Args) -> None:
 
     print(f"{script.__name__}, one clip of {cfg.frames}x{cfg.size}x{cfg.size}, {machine()}")
     print(", ".join(f"{type(net).__name__} {weights_of(net) / 1e6:.4g} M" for net in nets))
+    row("all", "recomputing all")
+    attempt("profile", lambda: profile(script.__name__, step, 25))
     if ON_GPU:
+        attempt("tail", lambda: row("tail", "recomputing the tail"))
+        attempt("none", lambda: row("none", "recomputing nothing"))
         kernels.ENABLED = False
         attempt("torch", lambda: row("all", "recomputing all, torch"))
         kernels.ENABLED = True
-        attempt("tail", lambda: row("tail", "recomputing the tail"))
-        attempt("none", lambda: row("none", "recomputing nothing"))
-    row("all", "recomputing all")
-    attempt("profile", lambda: profile(script.__name__, step, 25))
     spent = seconds(step, 1)
     with FlopCounterMode(display=False) as counter:  # 2 for a multiply-add
         step()
     work = counter.get_total_flops() / 1e12
     print(f"{spent:.3g} s a step, {work:.4g} TFLOP: {work / spent:.3g} TFLOP/s; peak {peak_memory():.1f} GB")
+    record(f"{script.__name__}, operations", s=spent, TFLOP=work, TFLOP_per_s=work / spent)
 
 
 def weights_of(net: torch.nn.Module) -> int:
@@ -742,7 +820,8 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
 
 
 WORK = {
-    "quality": quality, "infer": infer, "network": network, "attention": attention, "end2end": end2end,
+    "quality": quality, "infer": infer, "network": network, "layers": layers, "attention": attention,
+    "end2end": end2end,
     "table1": table1, "train1": partial(train, train_stage1), "train2": partial(train, train_stage2),
     "data": data, "gpu": gpu,
 }  # fmt: skip

@@ -372,7 +372,7 @@ class BiasAdded(torch.autograd.Function):
         (out,) = ctx.saved_tensors
         grad = grad if out is None else torch.where(out > 0, grad, 0)
         dbias = None
-        if ctx.bias:
+        if ctx.needs_input_grad[1]:  # not in a frozen network
             rows = grad.movedim(-3, -1).flatten(0, -2)
             dbias = rows.sum(dim=0, dtype=torch.float32).to(ctx.bias)
         return grad, dbias, grad if ctx.shortcut else None, None
@@ -524,7 +524,8 @@ def fold_upsampling(weight: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=dtype, device=weight.device)
-    return torch.einsum("ai,bj,ocij->coab", taps, taps, weight.to(dtype)).to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):  # training's, which would round the parts
+        return torch.einsum("ai,bj,ocij->coab", taps, taps, weight.to(dtype)).to(weight.dtype)
 
 
 def stack_linears(*linears: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import (
     add_bias,
     fold_upsampling,
+    fused,
     geglu,
     group_norm,
     norm_silu,
@@ -343,7 +344,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest x2, conv 3x3; x (n c h w). `fold` makes one transposed convolution of both, for inference."""
+    """Nearest x2, conv 3x3; x (n c h w). On a GPU one transposed convolution of both: `fold`, once, is for
+    inference; in training, where weights change, they are folded at each call."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -354,9 +356,12 @@ class Upsample(nn.Module):
         self.folded = fold_upsampling(self.conv.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.folded is None:
+        folded = self.folded
+        if folded is None and torch.is_grad_enabled() and fused(x):
+            folded = fold_upsampling(self.conv.weight)
+        if folded is None:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return add_bias(F.conv_transpose2d(x, self.folded, stride=2, padding=1), self.conv.bias)
+        return add_bias(F.conv_transpose2d(x, folded, stride=2, padding=1), self.conv.bias)
 
 
 # ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import pack, rearrange, unpack
 from torch import Tensor, nn
 
+from kernels import add_bias, without_bias
 from runtime import explained, freeze, needs
 
 VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)  # M: pooling
@@ -67,13 +68,17 @@ class DISTS(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """Images (n 3 h w) in [0, 1] -> the images and a map (n c h/2^k w/2^k) of each stage k."""
         maps, h = [x], (x - self.mean) / self.std
+        if x.is_cuda:  # the layout in which its layers are fast there
+            h = h.contiguous(memory_format=torch.channels_last)
         for layer in self.vgg:
             if isinstance(layer, nn.MaxPool2d):  # in its place:
                 maps.append(h)
                 hann = self.hann.expand(h.shape[1], 1, 3, 3)
                 h = (F.conv2d(h.square(), hann, stride=2, padding=1, groups=len(hann)) + 1e-12).sqrt()
+            elif isinstance(layer, nn.Conv2d):
+                h, bias = without_bias(layer, h)
             else:
-                h = layer(h)
+                h = layer(h) if bias is None else add_bias(h, bias, relu=True)
         return [*maps, h]
 
     def forward(self, pred: Tensor, gt: Tensor) -> Tensor:

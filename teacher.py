@@ -23,7 +23,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data import NOISE, generator
-from model import LATENTS, SCALE, AdcVSR, DecoderMidBlock, HalfDecoder, pad_to_multiple
+from kernels import norm_silu
+from model import (
+    LATENTS,
+    SCALE,
+    AdcVSR,
+    DecoderMidBlock,
+    GroupNorm,
+    HalfDecoder,
+    ResnetBlock,
+    pad_to_multiple,
+)
 from model import PRESETS as STUDENTS
 from pretrained import ADCSR, adcsr_files, read_half_decoder
 from runtime import UserError, explained, freeze
@@ -360,6 +370,49 @@ def is_results(teacher: str) -> bool:
 # Feature targets
 
 
+class VAEEncoder(nn.Module):
+    """SD2.1's VAE encoder under diffusers' parameter names: x (n 3 h w) -> moments (n 8 h/8 w/8).
+
+    Of the student's layers, for which kernels.py has faster ways on a GPU: diffusers' spend more time there
+    on normalising and copying than on convolutions. config: that of diffusers' `AutoencoderKL`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels, {"norm_groups": config.norm_num_groups}
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for c_in, c_out in zip([widths[0], *widths], widths):
+            block = nn.Module()
+            inputs = [c_in] + [c_out] * (config.layers_per_block - 1)
+            block.resnets = nn.ModuleList(ResnetBlock(c, c_out, groups, eps=1e-6) for c in inputs)
+            block.downsamplers = nn.ModuleList()
+            self.down_blocks.append(block)
+        for width, block in zip(widths[:-1], self.down_blocks):
+            block.downsamplers.append(LeaningDownsample(width))
+        self.mid_block = DecoderMidBlock(widths[-1], groups | {"decoder_attention": True})
+        self.conv_norm_out = GroupNorm(widths[-1], groups, eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            for layer in [*block.resnets, *block.downsamplers]:
+                x = layer(x)
+        return self.conv_out(norm_silu(self.mid_block(x), self.conv_norm_out))
+
+
+class LeaningDownsample(nn.Module):
+    """As the student's `Downsample`, but zeros stand below and to the right alone."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
 class FeatureEncoder(nn.Module):
     """f of any video (f_T of x_T): SD2.1's latent mean, decoded up to the mid block of the half decoder.
 
@@ -371,7 +424,10 @@ class FeatureEncoder(nn.Module):
 
     def __init__(self, vae: nn.Module, conv_in: nn.Conv2d, mid_block: DecoderMidBlock):
         super().__init__()
-        self.encoder, self.quant_conv, self.post_quant_conv = vae.encoder, vae.quant_conv, vae.post_quant_conv
+        with torch.device("meta"):  # its weights are at hand
+            self.encoder = VAEEncoder(vae.config)
+        self.encoder.load_state_dict(vae.encoder.state_dict(), assign=True)
+        self.quant_conv, self.post_quant_conv = vae.quant_conv, vae.post_quant_conv
         self.conv_in, self.mid_block = conv_in, mid_block
         freeze(self)
 

@@ -1,5 +1,6 @@
 """bench.py: every table is printed in small on a CPU, and says what is true."""
 
+import json
 import re
 import time
 from functools import partial
@@ -69,6 +70,27 @@ def test_attention_in_windows_is_compared_with_full_attention(tmp_path, capsys):
     assert 0.5 < float(found["seams_difference"]) < 2
     with pytest.raises(UserError, match=r"compact: has no attention over frames\. Give --weights of"):
         bench.attention(Args("attention", clips=1))
+
+
+def test_every_layer_is_timed_and_every_row_kept_as_json(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench.layers(Args("layers"))
+    rows, out = list(map(json.loads, (tmp_path / "bench.jsonl").open())), capsys.readouterr().out
+    assert "FAILED" not in out and len(rows) == len(out.splitlines()) - 1 > 10
+    assert all(row["ms"] > 0 and f"{row['row']} " in out for row in rows)
+
+
+@pytest.mark.slow
+def test_gpu_runs_each_table_in_its_order(capfd, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench.gpu(Args("gpu"))
+    out, rows = capfd.readouterr().out, list(map(json.loads, (tmp_path / "bench.jsonl").open()))
+    assert re.findall("^==== (?!status)(.*)$", out, re.M) == list(bench.GPU)
+    assert len(re.findall("^==== status 0, ", out, re.M)) == len(bench.GPU) and "FAILED" not in out
+    assert sum(bench.GPU.values()) <= 360  # seconds on a GPU
+    names = [row["row"] for row in rows]
+    some = "clip, folded", "feature encoder, torch", "train_stage2: profile", "table1, AdcVSR"
+    assert [names.index(name) for name in some] == sorted(map(names.index, some))
 
 
 @pytest.mark.slow

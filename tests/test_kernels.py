@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
@@ -27,6 +28,7 @@ from kernels import (
     without_bias,
 )
 from model import PRESETS, AdcVSR, ResnetBlock, TemporalBlock, TransformerBlock, Upsample
+from perceptual import DISTS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() and not kernels.INTERPRETED else "cpu"
@@ -349,10 +351,43 @@ def test_blocks_with_kernels_and_their_gradients_equal_blocks_without(name, monk
         monkeypatch.setattr(kernels, "ENABLED", enabled)
         given = [x.detach().requires_grad_(), *block.parameters()]
         y = block(given[0])
-        with torch.no_grad():
-            assert error(block(x), y) < 2e-6
+        with torch.no_grad():  # upsampling, folded with gradients, adds up in another order
+            assert error(block(x), y) < (5e-6 if name == "upsampling" else 2e-6)
         results.append([y.detach(), *torch.autograd.grad(y.square().mean(), given)])
     assert all(error(ours, reference) < 2e-5 for reference, ours in zip(*results))
+
+
+@by_kernels
+def test_dists_with_kernels_and_its_gradient_equal_dists_without(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    dists, (pred, gt) = DISTS.seeded((8, "M", 16)).to(DEVICE), (picture(2, 3, 12, 10) for _ in range(2))
+    for layer in dists.vgg:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.bias)
+    results = []
+    for enabled in (False, True):
+        monkeypatch.setattr(kernels, "ENABLED", enabled)
+        results.append(with_gradients(lambda x: dists(x, gt), pred, dy=torch.ones(2, device=DEVICE)))
+    (distance, gradient), (ours, our_gradient) = results
+    assert error(ours, distance) < 2e-6 and rms_error(our_gradient, gradient) < 1e-4
+
+
+@by_kernels
+@pytest.mark.parametrize("frozen", [False, True])
+def test_only_a_bias_that_learns_costs_a_sum_over_the_whole_tensor(frozen):
+    class Sums(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten.sum.dim_IntList
+            return function(*args, **(kwargs or {}))
+
+    y = picture(1, 24, 5, 7).requires_grad_()
+    bias = torch.randn(24, device=DEVICE, requires_grad=not frozen)
+    out = add_bias(y * 1, bias, relu=True)
+    with Sums() as sums:
+        out.backward(torch.ones_like(out))
+    assert sums.count == (not frozen)
 
 
 # ------------------------------------------------------------------------------------------------------

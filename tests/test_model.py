@@ -584,8 +584,8 @@ class Convolutions(TorchDispatchMode):
             self.pictures.append((args[0].shape, args[0].stride()))
         return function(*args, **(kwargs or {}))
 
-    def assert_dense_channels_last(self):
-        assert len(self.pictures) > 100
+    def assert_dense_channels_last(self, more_than: int = 100):
+        assert len(self.pictures) > more_than
         for shape, stride in self.pictures:
             n, c, h, w = shape
             assert stride == (c * h * w, 1, w * c, c), shape

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_model import Convolutions
 from torch import nn
 
 import teacher
@@ -18,7 +19,15 @@ from data import Sources, TrainingClips, loader, micro_batches, to_inputs
 from model import PRESETS as STUDENTS
 from model import AdcVSR, HalfDecoder
 from runtime import UserError, WeightsError, World
-from teacher import EMPTY_PROMPT, DoveTeacher, FeatureEncoder, TeacherError, load_teacher, noise_of
+from teacher import (
+    EMPTY_PROMPT,
+    DoveTeacher,
+    FeatureEncoder,
+    TeacherError,
+    VAEEncoder,
+    load_teacher,
+    noise_of,
+)
 from video import to_network
 
 ROOT = Path(teacher.__file__).parent
@@ -430,6 +439,30 @@ def test_features_are_the_latent_mean_through_the_original_half_decoder(files):
                 z, state["decoder.conv_in.weight"], state["decoder.conv_in.bias"], padding=1
             )
             torch.testing.assert_close(f[i, j], decoder.mid_block(z)[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("h, w", [(8, 8), (24, 40)])
+def test_the_vaes_encoder_is_diffusers(h, w):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=2, block_out_channels=[8, 16, 24, 24], norm_num_groups=4,
+    ).double()  # fmt: skip
+    ours = VAEEncoder(vae.config).double()
+    ours.load_state_dict(vae.encoder.state_dict())
+    x = torch.randn(2, 3, h, w, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), vae.encoder(x), atol=1e-12, rtol=1e-12)
+
+
+def test_no_convolution_of_the_feature_encoder_has_to_copy_its_input(files):
+    encoder = FeatureEncoder.from_pretrained(**files).to(memory_format=torch.channels_last)
+    with Convolutions() as convolutions:
+        encoder(clip_of(1, 5, 64, 64))
+    # But for pictures as they come, of three channels, and half of the moments, four: copies of no weight.
+    convolutions.pictures = [(shape, stride) for shape, stride in convolutions.pictures if shape[1] > 4]
+    convolutions.assert_dense_channels_last(more_than=40)
 
 
 def test_the_vae_may_be_named_by_its_own_folder_or_its_parent(files):
