@@ -12,6 +12,7 @@ consistency vary independently: neither can be bought with the other.
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import huggingface_hub
@@ -249,12 +250,16 @@ class PixelDiscriminator(nn.Module):
 
         Each is normalised over its channels, much as the backbone's own next layer reads it.
         """
-        maps = [rearrange(x, "n c h w -> n h w c") for x in self.backbone(pictures)]
-        dtype = maps[-1].dtype  # autocast keeps the first in float32: the largest, and for no use
-        maps = [F.layer_norm(x, x.shape[-1:], eps=EPSILON).to(dtype) for x in maps]
-        size = maps[self.level].shape[1:3]
-        maps = [F.interpolate(rearrange(x, "n h w c -> n c h w"), size, mode="bilinear") for x in maps]
-        return torch.cat(maps, dim=1)
+        own = next(self.backbone.buffers()).dtype
+        # One that was placed in another type computes in it: autocast would keep its normalisations, and with
+        # them the largest maps, in float32. A normalisation's sums are in float32 anyway.
+        with nullcontext() if own == torch.float32 else torch.autocast(pictures.device.type, enabled=False):
+            maps = [rearrange(x, "n c h w -> n h w c") for x in self.backbone(pictures.to(own))]
+            dtype = maps[-1].dtype  # autocast keeps the first in float32: the largest, and for no use
+            maps = [F.layer_norm(x, x.shape[-1:], eps=EPSILON).to(dtype) for x in maps]
+            size = maps[self.level].shape[1:3]
+            maps = [F.interpolate(rearrange(x, "n h w c -> n c h w"), size, mode="bilinear") for x in maps]
+            return torch.cat(maps, dim=1)
 
     def forward(self, seen: Tensor, taps: bool = False):
         """seen (b t c H/8 W/8), as from `look`; taps: as of `Tail`."""

@@ -65,6 +65,7 @@ DEMO_NOTICE = (
 MALLOPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}  # glibc's malloc.h
 CHUNK = 8  # Choice: frames a step, enough to keep a GPU busy
 ROOM = 0.85  # share of a GPU's memory for the tensors that are counted
+MOST = 40  # Choice: GB of them on any card: at 4K two frames a step, as many pixels as CHUNK has at 1080p
 BYTES = {"video": 0.15, "png": 2.0}  # rough size on disk of an output pixel, for the plan
 
 # --- Command line ------------------------------------------------------------------------------------
@@ -311,9 +312,10 @@ def choose_device_and_dtype(device: str, dtype: str) -> tuple[str, torch.dtype]:
 
 @cache
 def chunk_that_fits(net: Student, h: int, w: int, gb: float) -> int:
-    """Frames a step: CHUNK, halved until a stream of (h, w) frames needs no more than ROOM of so many GB."""
+    """Frames a step: CHUNK, halved until a stream of (h, w) frames needs no more than ROOM of so many GB or
+    MOST."""
     chunk = CHUNK
-    while chunk > 1 and peak_gb(net, h, w, chunk) > ROOM * gb:
+    while chunk > 1 and peak_gb(net, h, w, chunk) > min(ROOM * gb, MOST):
         chunk //= 2
     return chunk
 

@@ -253,13 +253,21 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_v = nn.Linear(channels, channels, bias=qkv_bias)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
+        for name in ("weight_qkv", "bias_qkv"):
+            self.register_buffer(name, None, persistent=False)  # a checkpoint never has it
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """q, k and v become one linear, for inference."""
+        self.weight_qkv, self.bias_qkv = stack_linears(self.to_q, self.to_k, self.to_v)
 
     def forward(self, x: Tensor) -> Tensor:
         if not len(x):  # at a stream's start no frame has come this deep, and CUDA's kernels refuse none
             return x
         n, h, w, _ = x.shape
         in_windows = self.window and max(h, w) > self.window
-        y = F.linear(x, *stack_linears(self.to_q, self.to_k, self.to_v)).flatten(1, 2)
+        folded = None if self.weight_qkv is None else (self.weight_qkv, self.bias_qkv)
+        y = F.linear(x, *folded or stack_linears(self.to_q, self.to_k, self.to_v)).flatten(1, 2)
         if in_windows:
             shown, answer = window_places(h, w, self.window, self.shift, x.device)
             y = rearrange(y[:, shown], "n windows l c -> (n windows) l c")
@@ -566,8 +574,10 @@ class Student(nn.Module, PyTorchModelHubMixin):
         """
         self.set_attention(attention)
         for part in self.modules():
-            if isinstance(part, Upsample) and part.conv.weight.is_cuda:
-                part.fold()  # before rounding. Not on a CPU, whose transposed convolutions are slow
+            # Not on a CPU, whose transposed convolutions are slow.
+            upsampling = isinstance(part, Upsample) and part.conv.weight.is_cuda
+            if upsampling or isinstance(part, SelfAttention):
+                part.fold()  # before rounding
         return self.to(dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def set_attention(self, attention: str, window: int = WINDOW) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import repeat
+from test_model import Convolutions
 from torch import nn
 
 import discriminators
@@ -458,6 +459,32 @@ def test_every_map_has_mean_0_and_variance_1_over_the_channels_of_a_place():
         mean, variance = x.mean(dim=2), x.var(dim=2, unbiased=False)
         assert torch.allclose(mean, torch.zeros_like(mean), atol=1e-9)
         assert variance.max() < 1.05 and (level != 1 or variance.min() > 0.95)
+
+
+def test_a_backbone_in_bfloat16_computes_in_it_and_errs_little_more_than_under_autocast():
+    """As on a GPU, where autocast would keep the largest maps in float32."""
+    d, x, seen = discriminator("pixel"), clip("pixel", h=64, w=64), []
+    weights = torch.randn_like(exact := d.double().look(x.double()))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        d.float().backbone.to(dtype)
+        y = x.to(torch.promote_types(dtype, torch.float32), copy=True).requires_grad_()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype != torch.float64):
+            maps = d.look(y)
+        (maps * weights).sum().backward()
+        seen.append((maps, y.grad))
+    (exact, slope), *others = seen
+    assert others[1][0].dtype == torch.bfloat16
+    for truth, (mixed, own) in zip((exact, slope), zip(*others)):
+        assert (own - truth).norm() < 1.5 * (mixed - truth).norm() < 0.05 * truth.norm()
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_no_convolution_of_a_step_has_to_copy_its_input(domain):
+    d = discriminator(domain)
+    d.backbone.to(memory_format=torch.channels_last)
+    with Convolutions() as convolutions:
+        adversarial_loss(scores_of(d, clip(domain, h=64, w=64).requires_grad_())).backward()
+    convolutions.assert_dense_channels_last(more_than=10)
 
 
 def test_missing_weights_without_a_network_are_one_line_with_the_option_and_the_cache(tmp_path, monkeypatch):
