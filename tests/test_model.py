@@ -462,11 +462,12 @@ def test_each_kind_of_checkpointing_keeps_less_for_the_backward_pass_than_the_on
 
 @torch.no_grad()
 def test_a_folded_network_is_the_same_and_its_file_too(tmp_path):
-    """Upsampling folded into its convolution: nothing but rounding changes, and no file has it."""
+    """Upsampling folded into its convolution, q, k and v into one linear: only rounding changes, and no file
+    has it."""
     net, lr = awake(AdcVSR(**UNEVEN)), clip(h=17, w=31)
     before, keys = net(lr), net.state_dict().keys()
     for part in net.modules():
-        if isinstance(part, model.Upsample):
+        if isinstance(part, model.Upsample | model.SelfAttention):
             part.fold()
     assert distance(net(lr), before) < 2e-5 and not torch.equal(net(lr), before)
     assert net.state_dict().keys() == keys
