@@ -51,7 +51,7 @@ class Args:
 
 RECIPE = {
     1: "--steps 300 --halve-at 200 260 --lambda-2d 0 --lambda-warp 0",
-    2: f"--steps 200 --halve-at 150 --lambda-warp 0 --init {STAGE1}",
+    2: f"--steps 300 --halve-at 240 --batch 1 --lambda-2d 0 --lambda-warp 0 --init {STAGE1}",
 }
 
 

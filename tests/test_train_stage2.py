@@ -306,6 +306,8 @@ def test_the_students_rate_halves_exactly_after_each_named_step():
     rates = [learning_rate(step, paper) for step in (1, 100_000, 100_001, 200_000)]
     assert rates == [1e-5, 1e-5, 5e-6, 5e-6] and paper.lr_disc == 1e-7
     assert [learning_rate(step, Config(lr=8.0, halve_at=(1, 2))) for step in (1, 2, 3)] == [8, 4, 2]
+    waits = Config(lr=8.0, head_start=2, halve_at=(3,))
+    assert [learning_rate(step, waits) for step in (1, 2, 3, 4)] == [0, 0, 8, 4]
 
 
 # ----------------------------------------------------------------- runs in this process
