@@ -171,7 +171,7 @@ def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
 
 def wanted_frames(reader: VideoReader, args: Args, first: int = 0) -> Iterator[Frame]:
     """The clip's frames that the flags ask for, from number `first` on."""
-    reader.skip = first
+    reader.first = first
     for number, frame in enumerate(reader, first):
         if args.duration is not None and frame.time >= args.start + args.duration:
             return

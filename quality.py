@@ -53,13 +53,13 @@ def unseen_clips(args: Args) -> Iterator[tuple]:
         for name, hr, lr in held_out_clips(sources, args.clips):
             yield "held-out", name, hr, lr, {"flow": dis_flow}
     for seed in range(1000, 1000 + args.clips):  # of generators that training never asks for
-        world = procedural_clip(generator(seed), 25, (256, 256), truth=True)
-        flow, visible = to_clip(world.flow), torch.from_numpy(world.visible)[:, None]
-        lr = degrade(world.frames, generator(seed, DEGRADE))
-        yield "procedural", str(seed), world.frames, lr, {"flow": (flow, flow), "visible": visible}
+        made = procedural_clip(generator(seed), 25, (256, 256), truth=True)
+        flow, visible = to_clip(made.flow), torch.from_numpy(made.visible)[:, None]
+        lr = degrade(made.frames, generator(seed, DEGRADE))
+        yield "procedural", str(seed), made.frames, lr, {"flow": (flow, flow), "visible": visible}
 
 
-def load_judge(device: str) -> Callable[[Tensor, Tensor], Tensor]:
+def load_distance(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training saw.
 
     Needs no download but a package of 20 MB, and ranks as the eye does. Without it every distance is nan.
@@ -71,12 +71,12 @@ def load_judge(device: str) -> Callable[[Tensor, Tensor], Tensor]:
     dists = LiteDISTS(efficientnet_lite(1)).to(device)
 
     @torch.no_grad()
-    def judge(pred: Tensor, gt: Tensor) -> Tensor:
+    def distance(pred: Tensor, gt: Tensor) -> Tensor:
         """pred, gt (t 3 h w) uint8 -> (t,)."""
         pairs = zip(pred.split(CHUNK), gt.split(CHUNK))
         return torch.cat([dists(*(to_unit(v.to(device)) for v in pair)).cpu() for pair in pairs])
 
-    return judge
+    return distance
 
 
 def line(name: str, side: str, row) -> str:
@@ -87,12 +87,12 @@ def measure(clips: Iterable[tuple], args: Args) -> dict[tuple[str, str], np.ndar
     """`MEASURES` of bicubic, students and HR on clips as `unseen_clips` gives them; their means, by (kind of
     clip, side), where the name of a student is what --weights says.
 
-    Distance: see `load_judge`. E*_warp, corrected: on procedural clips under their exact flow, else under
+    Distance: see `load_distance`. E*_warp, corrected: on procedural clips under their exact flow, else under
     OpenCV's DIS. The picture shows every third clip: a frame of each side above a row over time.
     """
     device, dtype = choose_device_and_dtype("auto", "auto")
     students = {name: load_student(name).to(device).for_inference(dtype) for name in args.weights}
-    judge = load_judge(device)
+    distance = load_distance(device)
     print(f"{str(dtype)[6:]}, {machine()}")
     print(f"{'':45}" + "".join(f" {name:>8}" for name in MEASURES))
     rows, panels = {}, []
@@ -102,8 +102,8 @@ def measure(clips: Iterable[tuple], args: Args) -> dict[tuple[str, str], np.ndar
             results = {"bicubic": bicubic(x)} | {name: net(x[None])[0] for name, net in students.items()}
         sides = {side: to_uint8(clip).cpu() for side, clip in results.items()} | {"HR": hr}
         for side, clip in sides.items():
-            scores = psnr(clip, hr), ssim(clip, hr), detail(clip, hr), judge(clip, hr)
-            scores += (warping_errors(clip, **motion),)
+            scores = [score(clip, hr) for score in (psnr, ssim, detail, distance)]
+            scores.append(warping_errors(clip, **motion))
             rows.setdefault((kind, side), []).append([score.mean().item() for score in scores])
             print(line(name, side, rows[kind, side][-1]), flush=True)
         if number % 3 == 0:

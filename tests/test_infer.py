@@ -416,7 +416,7 @@ def test_frames_that_are_passed_over_are_those_that_would_have_come(tmp_path, st
     for clip in (*clips, tmp_path / "moving.webp"):
         with VideoReader(clip, start) as reader:
             whole = list(reader)
-            reader.skip = 3
+            reader.first = 3
             rest = list(reader)
         assert [frame.time for frame in rest] == [frame.time for frame in whole[3:]] != []
         assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(rest, whole[3:]))
