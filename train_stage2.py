@@ -271,12 +271,12 @@ def main(cfg: Config) -> None:
     groups = [{"params": discriminators.parameters()}]
     optimiser_disc = torch.optim.Adam(groups, lr=cfg.lr_disc, fused=world.fused)
     # data
-    clips = training_clips(cfg, stage=2, real_types=len(discriminators) > 0)
+    samples = training_clips(cfg, stage=2, real_types=len(discriminators) > 0)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates
     # loop
     others = {"discriminators": discriminators, "optimiser_disc": optimiser_disc}
     training, optimisers = Run(cfg, world, student, optimiser, **others), (optimiser, optimiser_disc)
-    for step, batch in training.steps(lambda done: loader(clips, done, cfg, world)):
+    for step, batch in training.steps(lambda done: loader(samples, done, cfg, world)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         parts = micro_batches(batch, cfg.micro_batch, world.device)

@@ -25,9 +25,9 @@ from compact import CompactVSR
 from data import generator
 from dead_leaves import procedural_clip
 from jobs import jobs_for, missing_segments
+from memory import peak_gb
 from model import PRESETS, AdcVSR
 from segments import SEGMENT
-from stream import peak_gb
 from video import VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
