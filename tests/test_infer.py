@@ -577,7 +577,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
 
     peaks = []
     for frames in (120, 600):
-        write_sample(clip := tmp_path / f"{frames}.mp4", frames)
+        write_sample(clip := tmp_path / f"{frames}.mp4", frames, (48, 64))
         code = "import runpy; runpy.run_path('infer.py', run_name='__main__')"
         peaks.append(as_process(code, clip)[2])
     assert peaks[1] < 1.05 * peaks[0]
