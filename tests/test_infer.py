@@ -25,9 +25,9 @@ from compact import CompactVSR
 from data import generator
 from dead_leaves import procedural_clip
 from jobs import jobs_for, missing_segments
+from memory import peak_gb
 from model import PRESETS, AdcVSR
 from segments import SEGMENT
-from stream import peak_gb
 from video import VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
@@ -416,7 +416,7 @@ def test_frames_that_are_passed_over_are_those_that_would_have_come(tmp_path, st
     for clip in (*clips, tmp_path / "moving.webp"):
         with VideoReader(clip, start) as reader:
             whole = list(reader)
-            reader.skip = 3
+            reader.first = 3
             rest = list(reader)
         assert [frame.time for frame in rest] == [frame.time for frame in whole[3:]] != []
         assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(rest, whole[3:]))
