@@ -178,8 +178,8 @@ def train_step(
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """The student's rate for update number `step` (from 1): 0 for `head_start` steps, halved after each of the
-    steps `halve_at`."""
+    """The student's rate for update number `step` (from 1): 0 for `head_start` steps, then halved after each
+    of the steps `halve_at`."""
     # Choice: at the paper's rates a large trained judge needs none. A small student fools a new small judge
     # within a hundred steps, by a grid of dots.
     return 0.0 if step <= cfg.head_start else cfg.lr * 0.5 ** sum(step > at for at in cfg.halve_at)
