@@ -138,15 +138,26 @@ def profile(row: str, work: Callable[[], object], shown: int = 15) -> None:
 # ---- Inference --------------------------------------------------------------------------------------------
 
 
+SHIPPED_NETWORK = """
+import torch, compact
+w, h = map(int, sys.argv[1:])
+device, dtype = infer.choose_device_and_dtype("auto", "auto")
+net = compact.load_student(infer.SHIPPED).to(device).for_inference(dtype).requires_grad_(False)
+lr = torch.rand(1, 2, 3, h, w, device=device) * 2 - 1
+net(lr)
+"""
+
+
 def infer(args: Args) -> None:
-    """The shipped network, two frames at a time; then infer.py, whole."""
-    device, dtype = choose_device_and_dtype("auto", "auto")
-    net = load_student(SHIPPED).to(device).for_inference(dtype)
-    print(f"{str(dtype)[6:]}, {machine()}")
+    """The shipped network, two frames at a time, as torch has it and with `infer.keep_memory`; then infer.py,
+    whole."""
+    print(f"{str(choose_device_and_dtype('auto', 'auto')[1])[6:]}, {machine()}")
     for w, h in (128, 96), (320, 240), (640, 360):
-        lr = torch.rand(1, 2, 3, h, w, device=device) * 2 - 1
-        with torch.no_grad():
-            print(f"{w}x{h} -> x4  {seconds(partial(net, lr), 1) / 2:7.3f} s/frame", flush=True)
+        row = f"{w}x{h} -> x4"
+        for memory, keep in ("given back", ""), ("kept", "; infer.keep_memory()"):
+            code, setup = "for _ in range(4): net(lr).cpu()", f"import infer{keep}{SHIPPED_NETWORK}"
+            spent, _, peak = as_process(code, w, h, setup=setup)
+            print(f"{row:15} memory {memory:10}  {spent / 8:7.3f} s/frame  {peak:6.0f} MB", flush=True)
     with TemporaryDirectory() as folder:
         for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"
