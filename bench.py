@@ -11,9 +11,11 @@
     data      seconds of a core for each part of loading; a list of a million files
 
 On a GPU at the paper's size with random weights, on a CPU in small, each in under a minute.
-Times are of this machine at this moment: compare rows of one run, not rows of two machines.
+Times are of this machine at this moment: compare rows of one run, not rows of two machines. Rows of
+GPU tables are also lines of JSON in the file bench.jsonl in the folder $OUT, where that is set.
 """
 
+import json
 import os
 import re
 import shlex
@@ -102,6 +104,9 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 def report(row: str, **values: float) -> None:
     print(f"{row:32}" + "".join(f"  {k} {v:.4g}" for k, v in values.items()), flush=True)
+    if out := os.environ.get("OUT"):
+        with open(Path(out) / "bench.jsonl", "a") as file:
+            file.write(json.dumps({"row": row, "machine": machine()} | values) + "\n")
 
 
 def attempt(row: str, work: Callable[[], object]) -> None:

@@ -1,5 +1,6 @@
 """bench.py: every table is printed in small on a CPU, and says what is true."""
 
+import json
 import re
 
 import pytest
@@ -33,6 +34,14 @@ def test_a_process_is_timed_with_a_memory_of_its_own():
     assert spent > 0.2 and after - before == pytest.approx(50, abs=5) and after < 4 * ballast.numel() / 1e6
     with pytest.raises(UserError, match="(?s)this failed: 1 / 0 .*ZeroDivisionError"):
         bench.as_process("1 / 0")
+
+
+def test_rows_are_also_lines_of_json_where_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench.report("clip, folded", s=0.25)
+    bench.report("stream, folded", frames_per_s=22.0)
+    first, second = map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines())
+    assert first["row"] == "clip, folded" and first["s"] == 0.25 and second["frames_per_s"] == 22.0
 
 
 def test_seams_are_steps_at_borders_over_steps_elsewhere():
