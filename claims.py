@@ -29,7 +29,7 @@ from runtime import UserError, complete, run
 from training import newest_checkpoint
 
 ROOT = Path(__file__).parent
-STAGE1 = ROOT / "weights" / "compact"  # where all rows of stage 2 begin
+STAGE1 = ROOT / "weights" / "compact-stage1"  # where all rows of stage 2 begin
 
 
 # fmt: off
