@@ -1,6 +1,6 @@
 """Benchmarks, each a table: `python bench.py infer`, or another of these:
 
-    infer     seconds a frame of the shipped network, start-up and whole runs of infer.py
+    infer     seconds a frame of the shipped network, and in ncnn; start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     attention full attention against windows of it: PSNR between both results, and whether borders show
     end2end   infer.py from file to file with x264, and the network alone: full attention and windows
@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,7 +46,7 @@ import infer as infer_script
 import kernels
 import train_stage1
 import train_stage2
-from compact import load_student
+from compact import CompactVSR, load_student
 from data import Sources, TrainingClips, generator
 from dead_leaves import procedural_clip
 from degrade import degrade, one_thread
@@ -92,14 +93,21 @@ class Args:
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
     """Median wall seconds of work(), after one call to warm up."""
-    times = []
+    return in_turns({"work": work}, repeats)["work"]
+
+
+def in_turns(works: dict[str, Callable[[], object]], repeats: int = 3) -> dict[str, float]:
+    """Median wall seconds of each, after a call to warm up; in turns, so that other work of the machine slows
+    them all."""
+    times = {name: [] for name in works}
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if ON_GPU:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[1:])[repeats // 2]
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if ON_GPU:
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(spent[1:])[repeats // 2] for name, spent in times.items()}
 
 
 def report(row: str, **values: float) -> None:
@@ -154,21 +162,73 @@ net(lr)
 
 
 def infer(args: Args) -> None:
-    """The shipped network, two frames at a time, as torch has it and with `infer.keep_memory`; then infer.py,
-    whole."""
-    print(f"{str(choose_device_and_dtype('auto', 'auto')[1])[6:]}, {machine()}")
+    """The shipped network beside the 2D one it began as, here and in ncnn; the same where the memory of large
+    tensors goes back after each use; then infer.py, whole."""
+    infer_script.keep_memory()  # as infer.py does, before there are tensors
+    device, dtype = choose_device_and_dtype("auto", "auto")
+    print(f"{str(dtype)[6:]}, {machine()}; seconds a frame")
+    flat = CompactVSR.from_realesrgan(temporal_kind="none")
+    there = {} if ON_GPU else in_ncnn(flat)
+    here = {"shipped": load_student(SHIPPED), "2D": flat}
+    here = {name: net.to(device).for_inference(dtype) for name, net in here.items()}
     for w, h in (128, 96), (320, 240), (640, 360):
-        row = f"{w}x{h} -> x4"
+        lr = torch.rand(1, 2, 3, h, w, device=device) * 2 - 1
+        with torch.no_grad():
+            works = {name: partial(net, lr) for name, net in here.items()}
+            spent = in_turns(works | {name: partial(net, lr[0, 0]) for name, net in there.items()})
+        report(f"{w}x{h} -> x4", **{k: s / 2 if k in here else s for k, s in spent.items()})
+    for w, h in (320, 240), (640, 360):
         for memory, keep in ("given back", ""), ("kept", "; infer.keep_memory()"):
             code, setup = "for _ in range(4): net(lr).cpu()", f"import infer{keep}{SHIPPED_NETWORK}"
             spent, _, peak = as_process(code, w, h, setup=setup)
-            print(f"{row:15} memory {memory:10}  {spent / 8:7.3f} s/frame  {peak:6.0f} MB", flush=True)
+            report(f"{w}x{h}, memory {memory}", shipped=spent / 8, mb=peak)
     with TemporaryDirectory() as folder:
         for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"
             write_sample(clip, length, (48, 64))
             spent, _, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
             print(f"infer.py, {length:3} frames of 64x48  {spent:6.1f} s  {peak:6.0f} MB", flush=True)
+
+
+def in_ncnn(net: CompactVSR) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The 2D network in ncnn, a library made for small machines, on the CPU, in float32 as it does it by
+    default: a frame (3 h w) in [-1, 1] -> (3 4h 4w). Nothing where the package is not installed."""
+    if not find_spec("ncnn"):
+        print("no row of ncnn: pip install ncnn")
+        return {}
+    import ncnn
+
+    # Its file of layers: type, name, inputs, outputs, their names, numbered settings. Weights are a tag for
+    # their type, 0 being float32, then the numbers; biases and slopes the numbers alone.
+    layers, weights = ["Input x 0 1 x", "Split two 1 2 x y0 small"], []
+    for i, layer in enumerate(net.body):
+        names = f"l{i} 1 1 y{i} y{i + 1}"
+        if isinstance(layer, torch.nn.Conv2d):
+            size = f"0={layer.out_channels} 1=3 4=1 5=1 6={layer.weight.numel()}"
+            layers.append(f"Convolution {names} {size}")
+            weights += [torch.zeros(1), layer.weight, layer.bias]
+        else:
+            layers.append(f"PReLU {names} 0={layer.num_parameters}")
+            weights.append(layer.weight)
+    end = len(net.body)
+    layers += [f"PixelShuffle shuffle 1 1 y{end} detail 0={SCALE}",
+               f"Interp nearest 1 1 small large 0=1 1={SCALE}.0 2={SCALE}.0",
+               "BinaryOp sum 2 1 detail large sr 0=0"]  # fmt: skip
+    twin = ncnn.Net()
+    twin.opt.num_threads, twin.opt.use_vulkan_compute = torch.get_num_threads(), False
+    with TemporaryDirectory() as folder:
+        param, file = Path(folder) / "net.param", Path(folder) / "net.bin"
+        param.write_text(f"7767517\n{len(layers)} {len(layers) + 1}\n" + "\n".join(layers) + "\n")
+        file.write_bytes(b"".join(w.detach().float().numpy().tobytes() for w in weights))
+        twin.load_param(str(param))
+        twin.load_model(str(file))
+
+    def frame(lr: Tensor) -> Tensor:
+        run, pixels = twin.create_extractor(), (lr / 2 + 0.5).numpy()  # which `Mat` reads, and does not copy
+        run.input("x", ncnn.Mat(pixels))
+        return 2 * torch.from_numpy(np.array(run.extract("sr")[1])) - 1
+
+    return {"2D_in_ncnn": frame}
 
 
 def write_sample(path: Path, frames: int, size: tuple[int, int]) -> None:

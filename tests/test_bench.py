@@ -2,12 +2,15 @@
 
 import json
 import re
+import time
+from functools import partial
 
 import pytest
 import torch
 
 import bench
 from bench import Args
+from compact import CompactVSR
 from model import PRESETS, AdcVSR
 from runtime import UserError
 
@@ -79,6 +82,27 @@ def test_infer_prints_its_rows(capsys):
     bench.infer(Args("infer"))
     out = capsys.readouterr().out
     assert "320x240 -> x4" in out and "infer.py, 160 frames" in out
+    assert len(re.findall("memory (?:kept|given back) .* mb ", out)) == 4
+
+
+@torch.no_grad()
+def test_the_network_in_ncnn_is_the_same_one():
+    net, lr = CompactVSR.from_realesrgan(temporal_kind="none"), torch.rand(1, 1, 3, 13, 20) * 2 - 1
+    pytest.importorskip("ncnn")
+    frame = bench.in_ncnn(net)["2D_in_ncnn"]
+    torch.testing.assert_close(frame(lr[0, 0]), net(lr)[0, 0], rtol=0, atol=1e-4)
+
+
+def test_works_in_turns_are_timed_each_on_its_own_after_a_call_to_warm_up():
+    calls = []
+
+    def work(name: str, pause: float) -> None:
+        calls.append(name)
+        time.sleep(pause)
+
+    spent = bench.in_turns({"short": partial(work, "short", 0.01), "long": partial(work, "long", 0.5)}, 1)
+    assert calls == ["short", "long", "short", "long"]
+    assert 0.01 <= spent["short"] < 0.5 <= spent["long"]
 
 
 @pytest.mark.slow
