@@ -112,8 +112,9 @@ CHANGES_RESULT = (
 def parse(argv: list[str] | None = None) -> Args:
     described = {"description": __doc__.partition("\n")[0], "config": (tyro.conf.FlagCreatePairsOff,)}
     args = tyro.cli(Args, args=argv, **described)
+    before = ", in front of --adcsr" if args.adcsr else ""  # which takes what follows for its files
     wrong = {
-        "no input: name a video, a folder of frames, an image, or a folder of clips": not args.input,
+        f"no input: name a video, a folder of frames, an image, or a folder of clips{before}": not args.input,
         f"--chunk {args.chunk}: give 1 or more, or 0": args.chunk < 0,
         f"--window {args.window}: give more than {2 * CONTEXT}, the frames that overlap": (
             args.window and args.window <= 2 * CONTEXT

@@ -40,7 +40,7 @@ def srvgg(state: dict) -> nn.Module:
         w = state[f"body.{i}.weight"]
         layers.append(nn.PReLU(len(w)) if w.ndim == 1 else nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1))
     body = nn.Sequential(*layers)
-    body.load_state_dict({k.removeprefix("body."): v for k, v in state.items()})
+    body.double().load_state_dict({k.removeprefix("body."): v for k, v in state.items()})
     return lambda x: F.pixel_shuffle(body(x), 4) + F.interpolate(x, scale_factor=4, mode="nearest")
 
 
@@ -55,11 +55,12 @@ def moved(net: CompactVSR) -> CompactVSR:
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(1, 1, 3, 5, 7), (2, 3, 3, 8, 6), (1, 4, 3, 16, 1)])
 def test_at_start_it_is_the_2d_network(anywhere, shape):
-    net = CompactVSR.from_realesrgan(WEIGHTS)
+    net = CompactVSR.from_realesrgan(WEIGHTS).double()
     state = torch.load(WEIGHTS, weights_only=True)["params"]
-    lr = torch.rand(shape) * 2 - 1
-    expected = srvgg({k: v.float() for k, v in state.items()})(lr.flatten(0, 1) / 2 + 0.5) * 2 - 1
-    torch.testing.assert_close(net(lr).flatten(0, 1), expected, rtol=0, atol=ROUNDING)
+    lr = torch.rand(shape, dtype=torch.float64) * 2 - 1
+    expected = srvgg(state)(lr.flatten(0, 1) / 2 + 0.5) * 2 - 1
+    torch.testing.assert_close(net(lr).flatten(0, 1), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(net.float()(lr.float()).flatten(0, 1), expected.float(), rtol=0, atol=ROUNDING)
 
 
 def test_it_says_that_it_has_no_attention_to_cut_into_windows():

@@ -527,6 +527,7 @@ def test_bad_input_is_one_line(tmp_path, refusal, monkeypatch):
         (clip, "--weights", folder): "cannot load",
         (clip, "--weights", "nobody/nothing"): "nobody/nothing: cannot load a student",
         (clip, "--adcsr", text, text): "not a PyTorch checkpoint",
+        ("--adcsr", clip): "a folder of clips, in front of --adcsr",
         (clip, "-o", tmp_path / "no" / "where.mp4"): "no folder",
         (clip, "-o", tmp_path / "out.gif"): "cannot write .gif",
         (clip, "-o", tmp_path / "out.png"): "out.png: a .png holds one frame",
