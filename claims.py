@@ -3,7 +3,7 @@
     python cache.py --preset tiny --videos FOLDER --images FOLDER
     python claims.py --videos FOLDER --images FOLDER
 
-    ROWS --(train_stage1.py or train_stage2.py --preset compact, bench.quality)--> docs/claims/ROW_SEED.json
+    ROWS --(train_stage1.py or train_stage2.py --preset compact, quality.py)--> docs/claims/ROW_SEED.json
          --(CLAIMS, the rule in `verdict`)--> the tables of docs/claims.md, printed
 
 Whatever has its JSON file is not trained again, and a training that was interrupted goes on. All rows of a
@@ -23,12 +23,13 @@ from typing import NamedTuple
 
 import tyro
 
-import bench
+import quality
+from quality import MEASURES
 from runtime import UserError, complete, run
 from training import newest_checkpoint
 
 ROOT = Path(__file__).parent
-STAGE1 = ROOT / "weights" / "compact"  # where all rows of stage 2 begin
+STAGE1 = ROOT / "weights" / "compact-stage1"  # where all rows of stage 2 begin
 
 
 # fmt: off
@@ -51,7 +52,7 @@ class Args:
 
 RECIPE = {
     1: "--steps 300 --halve-at 200 260 --lambda-2d 0 --lambda-warp 0",
-    2: f"--steps 200 --halve-at 150 --lambda-warp 0 --init {STAGE1}",
+    2: f"--steps 300 --halve-at 240 --batch 1 --lambda-2d 0 --lambda-warp 0 --init {STAGE1}",
 }
 
 
@@ -110,7 +111,6 @@ CLAIMS = (
     Claim("6",    "64 channels for detail give less than 192","detail",   "64 : 192", "full scheme"),
 )
 # fmt: on
-MEASURES = ("PSNR", "SSIM", "detail", "distance", "E*_warp")  # as `bench.quality` gives them
 
 Scores = dict[str, list[dict[str, float]]]  # of each row, one of each seed
 
@@ -145,13 +145,12 @@ def file_name(row: str, seed: int) -> str:
     return "_".join("".join(c if c.isalnum() else " " for c in row).split()) + f"_{seed}"
 
 
-def quality(checkpoints: dict[str, Path], args: Args, picture: str = "") -> dict[str, dict[str, float]]:
+def measured(checkpoints: dict[str, Path], args: Args, picture: str = "") -> dict[str, dict[str, float]]:
     """The scores of students, by name: on held-out clips where there are any, else on procedural ones."""
     given = dict(videos=args.videos, images=args.images, validation=args.validation, clips=args.clips)
-    weights = tuple(map(str, checkpoints.values()))
-    asked = bench.Args("quality", weights=weights, picture=picture, **given)
-    clips = list(islice(bench.unseen_clips(asked), args.clips))
-    means = bench.quality(asked, clips)
+    asked = quality.Args(weights=tuple(map(str, checkpoints.values())), picture=picture, **given)
+    clips = list(islice(quality.unseen_clips(asked), args.clips))
+    means = quality.measure(clips, asked)
     kind = clips[0][0]
     return {row: dict(zip(MEASURES, map(float, means[kind, str(c)]))) for row, c in checkpoints.items()}
 
@@ -168,7 +167,7 @@ def once(file: Path, work: Callable[[], dict]) -> dict:
 def scores_of(row: str, seed: int, args: Args) -> dict[str, float]:
     def work() -> dict[str, float]:
         checkpoint = train(row, seed, args)
-        return {"row": row, "seed": seed} | quality({row: checkpoint}, args)[row]
+        return {"row": row, "seed": seed} | measured({row: checkpoint}, args)[row]
 
     return once(Path(args.out) / f"{file_name(row, seed)}.json", work)
 
@@ -206,7 +205,7 @@ def main() -> None:
     print(tables(scores))
     if args.picture:
         runs = {row: newest_checkpoint(Path(args.runs) / file_name(row, 0)) for row in scores}
-        quality(runs, args, args.picture)
+        measured(runs, args, args.picture)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ consistency vary independently: neither can be bought with the other.
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import huggingface_hub
@@ -104,6 +105,38 @@ def asked(table: str, heads: tuple[int, int]) -> dict[str, tuple[int, int]]:
 def mean_scores(scores: Scores) -> dict[str, Tensor]:
     """The mean score of each head that has channels, for the log, without a gradient."""
     return {head: x.detach().float().mean() for head, x in scores._asdict().items() if x.numel()}
+
+
+# ------------------------------------------------------------------------------------------------------
+# The two halves of a step, for one discriminator; `rpgan.py` has the same two for SeedVR2's objective
+
+
+def student_loss(d: nn.Module, own: Tensor, target: Tensor, clips, encoder, cfg) -> tuple[Tensor, Callable]:
+    """What a discriminator that holds still adds to the student's loss, and the five clips for `learn`, which
+    are seen when it calls.
+
+    own: x_S (b t 3 H W) or, in the feature domain, f_S (b t c h w); target: x_T or f_T, which is not looked
+    at here; clips, encoder: as in stage 2's `train_step`.
+    """
+    seen, see = (d.look(own), d.look) if d.domain == "pixel" else (own, encoder)
+    return adversarial_loss(d(seen)), partial(five_clips, seen, see, clips)
+
+
+def learn(name: str, d: nn.Module, types: Callable, share: float, autocast, cfg) -> dict[str, Tensor]:
+    """Adds the gradients of `share` of a discriminator's loss, the student's clip as it was. Returns what
+    there is to log, by name."""
+    terms = {f"disc_{name}": 0.0}
+    with autocast():
+        clips = types()  # Paper: Eq. 5
+    # One type of clip after the other: all at once, they would not fit on a card.
+    for kind, label in asked(cfg.labels, d.heads).items():
+        with autocast():
+            scores = d(clips.pop(kind))
+            loss = discriminator_loss(scores, label)  # Paper: Eq. 4
+        (share * loss).backward()
+        terms[f"disc_{name}"] += loss.detach()
+        terms |= {f"{name}/{kind}/{head}": score for head, score in mean_scores(scores).items()}
+    return terms
 
 
 # ------------------------------------------------------------------------------------------------------

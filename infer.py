@@ -35,12 +35,13 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from compact import load_student
 from jobs import Crew, Job, clips_in, default_output, jobs_for, missing_segments, suffixed
+from memory import peak_gb
 from model import SCALE, Student, bicubic
 from pretrained import adcsr_files, from_adcsr
 from runtime import UserError, WeightsError, ahead, explained, fast_dtype, printable, run
 from segments import SEGMENT, ResumableWriter
 from shots import AROUND, in_shots
-from stream import CONTEXT, in_windows, peak_gb, stream
+from stream import CONTEXT, in_windows, stream
 from video import (
     CRF,
     PROTOCOL_FRAMES,
@@ -173,7 +174,7 @@ def protocol_crop(rgb: np.ndarray, downscale: int) -> np.ndarray:
 
 def wanted_frames(reader: VideoReader, args: Args, first: int = 0) -> Iterator[Frame]:
     """The clip's frames that the flags ask for, from number `first` on."""
-    reader.skip = first
+    reader.first = first
     for number, frame in enumerate(reader, first):
         if args.duration is not None and frame.time >= args.start + args.duration:
             return

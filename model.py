@@ -207,10 +207,8 @@ TEMPORAL_KINDS = {
 
 
 # ------------------------------------------------------------------------------------------------------
-# Space: the layers of SD2.1, frame by frame, under diffusers' parameter names
-
-
-# Where kernels.py has a faster way, a convolution's bias waits for what comes next: the norm, or the sum.
+# Space: the layers of SD2.1, frame by frame, under diffusers' parameter names. Where kernels.py has a faster
+# way, a convolution's bias waits for what comes next: the norm, or the sum.
 
 
 class GroupNorm(nn.GroupNorm):

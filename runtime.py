@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import platform
 import shutil
 import sys
 from collections import deque
@@ -192,6 +193,10 @@ def freeze(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
+# ------------------------------------------------------------------------------------------------------
+# The machine
+
+
 def fast_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 where the hardware computes in it: CUDA from Ampere, CPUs with AMX or AVX512-BF16. Without,
     it is slower than float32, by far."""
@@ -202,6 +207,12 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
         can = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
         fast = can.get("amx_bf16") or can.get("avx512_bf16")
     return torch.bfloat16 if fast else torch.float32
+
+
+def machine() -> str:
+    """What this program computes on, for tables."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 # ------------------------------------------------------------------------------------------------------

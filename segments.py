@@ -171,24 +171,22 @@ class ResumableWriter:
 
     def join(self) -> None:
         """Makes the clip of all segments, which are gone then."""
-        if not self._segments():
+        segments = self._segments()
+        if not segments:
             raise VideoError(f"{self.path.name}: there is no frame to write")
         with cannot_be_written(self.path), complete(self.path) as unnamed:
-            self._join(self._segments(), unnamed)
+            if suffix_of(unnamed) in VIDEO_FORMATS:
+                self.notes += _join_videos(segments, unnamed, self.source, self.to_end)
+            elif suffix_of(unnamed):  # one PNG
+                os.replace(segments[0], unnamed)
+            else:
+                _join_folders(segments, unnamed)
         for segment in self._segments():
             remove(segment)
 
     def _segments(self) -> list[Path]:
         found = self.parts.iterdir() if self.parts.is_dir() else ()
         return sorted(path for path in found if re.fullmatch(r"\d{8,}(\.\w+)?", path.name))
-
-    def _join(self, segments: list[Path], path: Path) -> None:
-        if suffix_of(path) in VIDEO_FORMATS:
-            self.notes += _join_videos(segments, path, self.source, self.to_end)
-        elif suffix_of(path):  # one PNG
-            os.replace(segments[0], path)
-        else:
-            _join_folders(segments, path)
 
 
 def _join_folders(segments: list[Path], path: Path) -> None:

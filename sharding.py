@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
 from runtime import UserError, World
-from training import Run, fingerprint
+from training import Run, checksum
 
 LEARNING = 16  # bytes a weight: float32 master, gradient and two moments of Adam
 ROOM = 0.75  # share of a card for them; the rest is for activations
@@ -32,7 +32,7 @@ def shard(net: nn.Module, kind: type[nn.Module], world: World) -> nn.Module:
     On a GPU what is gathered is bfloat16; the parts stay as they are. Whole state dicts load into it. Every
     process must come with the same weights: `UserError` otherwise.
     """
-    if not world.same(fingerprint(net.parameters())):
+    if not world.same(checksum(net.parameters())):
         raise UserError("the processes begin with different weights; do all see the same files?")
     on_gpu = world.device.type == "cuda"
     # Inputs stay as they are: in bfloat16 a time step would lose the digits that tell it from its neighbours.

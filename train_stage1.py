@@ -179,11 +179,11 @@ def main(cfg: Config) -> None:
     student.for_training(cfg.checkpointing, world.device)
     optimiser = torch.optim.Adam(by_rate(student, cfg.lr_2d), fused=world.fused)
     # data
-    clips = training_clips(cfg, stage=1)
+    samples = training_clips(cfg, stage=1)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates
     # loop
     training = Run(cfg, world, student, optimiser)
-    for step, batch in training.steps(lambda done: loader(clips, done, cfg, world)):
+    for step, batch in training.steps(lambda done: loader(samples, done, cfg, world)):
         for group in optimiser.param_groups:
             group["lr"] = group["share"] * learning_rate(step, cfg)
         parts = micro_batches(batch, cfg.micro_batch, world.device)

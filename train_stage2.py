@@ -34,11 +34,8 @@ from discriminators import (
     LABELS,
     FeatureDiscriminator,
     PixelDiscriminator,
-    adversarial_loss,
-    asked,
-    discriminator_loss,
-    five_clips,
-    mean_scores,
+    learn,
+    student_loss,
 )
 from metrics import validate
 from model import Student
@@ -67,6 +64,7 @@ class Config(Settings, Teacher, Data):
     lr: float = 1e-5                        # Adam, halved after each of halve_at              Paper: Sec. 4.1
     halve_at: tuple[int, ...] = (100_000,)  # steps                                            Paper: Sec. 4.1
     lr_disc: float = 1e-7                   # the discriminators', constant                    Paper: Sec. 4.1
+    head_start: int = 0                     # first steps, in which the discriminators alone learn
     lambda_pixel: float = 0.1               # weight of the pixel losses                       Paper: Eq. 1
     lambda_feature: float = 1.0             # weight of the feature losses                     Paper: Eq. 1
     lambda_adv: float = 1.0                 # weight of the adversarial losses in both         Paper: Eq. 2, 3
@@ -99,8 +97,10 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
     "lambda_dists":   (None,      0.4,           None,         None),
     "lambda_2d":      (None,      0.12,          None,         None),
     "lambda_warp":    (None,      0.5,           None,         None),
-    "lambda_adv":     (None,      0.003,         0.01,         None),
-    "lr_disc":        (None,      1e-4,          1e-3,         1e-3),
+    "lambda_adv":     (None,      0.01,          0.01,         None),
+    "lr":             (None,      3e-5,          None,         None),
+    "lr_disc":        (None,      5e-4,          1e-3,         1e-3),
+    "head_start":     (None,      100,           None,         None),
     "halve_at":       (None,      (700,),        (1600,),      ()),
     "procedural":     (None,      0.1,           0.1,          1.0),
     "frames":         (None,      6,             6,            4),
@@ -114,6 +114,7 @@ PRESETS = presets(Config, {  # what they change; None leaves the paper's value
 })
 # fmt: on
 
+GANS = {"softplus": (student_loss, learn), "rpgan": (rpgan.student_loss, rpgan.learn)}
 # What describes the data and the task: as in stage 1, unless given.
 INHERITED = "videos images procedural validation frames size teacher teacher_cache adcsr vae dists".split()
 LOOKS = 8  # held-out clips that are looked at
@@ -132,12 +133,12 @@ def train_step(
     by name.
     """
     losses, total = defaultdict(float), sum(len(clips["lr"]) for clips in batch)
-    softplus, relative = (discriminators, {}) if cfg.gan == "softplus" else ({}, discriminators)
+    student_loss, learn = GANS[cfg.gan]
     for optimiser in optimisers:
         optimiser.zero_grad(set_to_none=True)
     for clips in map(to_inputs, batch):
-        share = len(clips["lr"]) / total
-        # The student's step: judged by discriminators that hold still.
+        share, judged = len(clips["lr"]) / total, {}
+        # The student's half: judged by discriminators that hold still.
         discriminators.requires_grad_(False)
         x_t = teacher(clips["lr"], clips["index"]) if teacher else clips.get("target", clips["hr"])
         if cfg.real_video == "teacher":
@@ -145,22 +146,18 @@ def train_step(
         with world.autocast():
             f_t = encoder(x_t) if encoder else None
             x_s, f_s = student(clips["lr"], return_features=True)
-            seen = {name: d.look(x_s) if d.domain == "pixel" else f_s for name, d in softplus.items()}
 
             pixel = F.l1_loss(x_s, x_t)
             perceptual = dists_loss(dists, x_s, x_t) if dists else torch.zeros_like(pixel)
             feature = F.l1_loss(f_s, f_t) if encoder else torch.zeros_like(pixel)
             adv = {"pixel": torch.zeros_like(pixel), "feature": torch.zeros_like(pixel)}
-            for name, d in softplus.items():
-                adv[d.domain] = adv[d.domain] + adversarial_loss(d(seen[name]))
-            for name, d in relative.items():
+            for name, d in discriminators.items():
                 own, target = (x_s, x_t) if d.domain == "pixel" else (f_s, f_t)
-                pull, seen[name] = rpgan.student_loss(d, own, target, clips, encoder, cfg)
+                pull, judged[name] = student_loss(d, own, target, clips, encoder, cfg)
                 adv[d.domain] = adv[d.domain] + pull
             also = anchors(x_s, clips) if anchors else torch.zeros_like(pixel)
-            l_pixel = (
-                pixel + cfg.lambda_dists * perceptual + also + cfg.lambda_adv * adv["pixel"]
-            )  # Paper: Eq. 2
+            l_pixel = pixel + cfg.lambda_dists * perceptual + also
+            l_pixel = l_pixel + cfg.lambda_adv * adv["pixel"]  # Paper: Eq. 2
             l_feature = feature + cfg.lambda_adv * adv["feature"]  # Paper: Eq. 3
             loss = cfg.lambda_pixel * l_pixel + cfg.lambda_feature * l_feature  # Paper: Eq. 1
         (share * loss).backward()
@@ -168,22 +165,10 @@ def train_step(
         terms |= {f"adv_{domain}": value for domain, value in adv.items()}
         terms |= {"anchors": also} if anchors else {}
 
-        # The discriminators' step, on the student's clip as it was. One type of clip after the other: all at
-        # once, they would not fit on a card.
+        # The discriminators' half.
         discriminators.requires_grad_(True)
-        for name, d in relative.items():
-            terms |= rpgan.learn(name, d, seen.pop(name), share, world.autocast, cfg)
-        for name, d in softplus.items():
-            see, terms[f"disc_{name}"] = d.look if d.domain == "pixel" else encoder, 0.0
-            with world.autocast():
-                types = five_clips(seen.pop(name), see, clips)  # Paper: Eq. 5
-            for kind, label in asked(cfg.labels, d.heads).items():
-                with world.autocast():
-                    scores = d(types.pop(kind))
-                    l_disc = discriminator_loss(scores, label)  # Paper: Eq. 4
-                (share * l_disc).backward()
-                terms[f"disc_{name}"] += l_disc.detach()
-                terms |= {f"{name}/{kind}/{head}": score for head, score in mean_scores(scores).items()}
+        for name, d in discriminators.items():
+            terms |= learn(name, d, judged.pop(name), share, world.autocast, cfg)  # Paper: Eq. 4, 5
         for name, value in terms.items():
             losses[name] += share * value.detach()
     world.average_gradients([*student.parameters(), *discriminators.parameters()])
@@ -193,8 +178,11 @@ def train_step(
 
 
 def learning_rate(step: int, cfg: Config) -> float:
-    """The student's rate for update number `step` (from 1): halved after each of the steps `halve_at`."""
-    return cfg.lr * 0.5 ** sum(step > at for at in cfg.halve_at)
+    """The student's rate for update number `step` (from 1): 0 for `head_start` steps, then halved after each
+    of the steps `halve_at`."""
+    # Choice: at the paper's rates a large trained judge needs none. A small student fools a new small judge
+    # within a hundred steps, by a grid of dots.
+    return 0.0 if step <= cfg.head_start else cfg.lr * 0.5 ** sum(step > at for at in cfg.halve_at)
 
 
 def print_scores(means: dict[str, float], discriminators) -> None:
@@ -289,12 +277,12 @@ def main(cfg: Config) -> None:
     groups = [{"params": discriminators.parameters()}]
     optimiser_disc = torch.optim.Adam(groups, lr=cfg.lr_disc, fused=world.fused)
     # data
-    clips = training_clips(cfg, stage=2, real_types=len(discriminators) > 0)
+    samples = training_clips(cfg, stage=2, real_types=len(discriminators) > 0)
     held_out = held_out_clips(cfg, LOOKS) if world.is_main else []  # one process validates
     # loop
     others = {"discriminators": discriminators, "optimiser_disc": optimiser_disc}
     training, optimisers = Run(cfg, world, student, optimiser, **others), (optimiser, optimiser_disc)
-    for step, batch in training.steps(lambda done: loader(clips, done, cfg, world)):
+    for step, batch in training.steps(lambda done: loader(samples, done, cfg, world)):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, cfg)
         parts = micro_batches(batch, cfg.micro_batch, world.device)

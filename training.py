@@ -123,7 +123,7 @@ def load_training_state(folder: Path, config) -> dict:
     return state
 
 
-def fingerprint(weights: Iterable[Tensor]) -> int:
+def checksum(weights: Iterable[Tensor]) -> int:
     """A number that is another one as soon as any bit of the weights is."""
     digest = hashlib.sha256()
     for weight in weights:
@@ -286,7 +286,7 @@ class Run:
         kept = "the last checkpoint is kept"
         if not all(weight.isfinite().all() for weight in self.trained):  # the losses were, before the update
             raise UserError(f"step {self.step}: the weights are not finite; {kept}")
-        if self.world.size > 1 and not self.world.same(fingerprint(self.trained)):
+        if self.world.size > 1 and not self.world.same(checksum(self.trained)):
             raise UserError(f"step {self.step}: the processes' weights have come apart; {kept}")
         if self.world.is_main:
             folder = self.out / f"step_{self.step:06d}"

@@ -110,10 +110,8 @@ def to_frames(clip: Tensor) -> np.ndarray:
     return clip.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-PROTOCOL_FRAMES, PROTOCOL_SIDE = (
-    25,
-    128,
-)  # Paper: Sec. 4.1, 25 frames of a test clip, output 512x512
+PROTOCOL_FRAMES = 25  # of a test clip                                  Paper: Sec. 4.1
+PROTOCOL_SIDE = 128  # of its centre, in LR: the output is 512x512       Paper: Sec. 4.1
 
 
 def centre(size: tuple[int, int], part: tuple[int, int], unit: int = 1) -> tuple[slice, slice]:
@@ -233,7 +231,8 @@ class VideoReader:
     width, height        of the upright frame
     rate, constant_rate  frames a second, or their mean; whether every frame lies on the grid n / rate
     frames               expected number in the whole clip, for progress bars; None if unknown
-    skip                 frames from `start` on that iterating passes over, which costs less than showing them
+    first                number, from `start` on, of the frame that iterating begins with: to pass over frames
+                         costs less than to show them
     tick, start_time     seconds: the unit of the file's clock, and the first frame's time on it
     shifts               seconds from the file's clock to the clip's: another one after each jump of it
     aspect, hdr, icc     width of a pixel by its height; H.273 (matrix, primaries, transfer); colour profile;
@@ -244,7 +243,7 @@ class VideoReader:
     def __init__(self, path: str | Path, start: float | Fraction = 0.0):
         self.path, self.start = Path(path), Fraction(start)
         self.name = (self.path.name or str(self.path)) + "/" * self.path.is_dir()
-        self.rate, self.constant_rate, self.frames, self.skip = FOLDER_RATE, True, None, 0
+        self.rate, self.constant_rate, self.frames, self.first = FOLDER_RATE, True, None, 0
         self.tick = self.start_time = Fraction(0)
         self.shifts = [Fraction(0)]
         self.aspect, self.hdr, self.icc = None, None, None
@@ -316,11 +315,11 @@ class VideoReader:
     def _iter_images(self) -> Iterator[Frame]:
         if self.kind == "animation":
             with self._image(0) as image:
-                first = sum(time < self.start for time in self._times) + self.skip
+                first = sum(time < self.start for time in self._times) + self.first
                 for (frame, _), time in islice(zip(animation(image), self._times), first, None):
                     yield Frame(as_rgb(frame), time)
             return
-        for i in range(math.ceil(self.start * self.rate) + self.skip, len(self._files)):
+        for i in range(math.ceil(self.start * self.rate) + self.first, len(self._files)):
             with self._image(i) as image:
                 rgb = as_rgb(image)
                 if (h_w := rgb.shape[:2]) != (self.height, self.width):
@@ -532,7 +531,7 @@ class VideoReader:
         for frame, time in self._timed(self._decode_from(self.start)):
             if time < self.start - Fraction(1, 10**6):  # a float cannot hold most frame times
                 continue
-            if shown < self.skip:
+            if shown < self.first:
                 shown += 1
                 continue
             try:

@@ -11,19 +11,8 @@ import torch
 import bench
 from bench import Args
 from compact import CompactVSR
-from infer import SHIPPED
 from model import PRESETS, AdcVSR
 from runtime import UserError
-
-
-@pytest.mark.slow
-def test_quality_ranks_the_truth_first_and_a_student_above_bicubic(tmp_path):
-    means = bench.quality(Args("quality", clips=1, picture=str(tmp_path / "picture.png")))
-    bicubic, student, truth = (means["procedural", side] for side in ("bicubic", str(SHIPPED), "HR"))
-    assert bicubic[0] < student[0] < truth[0] == float("inf")  # PSNR
-    assert bicubic[2] < student[2] < truth[2] == pytest.approx(1)  # detail
-    assert student[4] < bicubic[4]  # E*_warp under the exact flow
-    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_table_1_counts_the_papers_parameters_and_times_every_method(capsys):
@@ -48,6 +37,14 @@ def test_a_process_is_timed_with_a_memory_of_its_own():
     assert spent > 0.2 and after - before == pytest.approx(50, abs=5) and after < 4 * ballast.numel() / 1e6
     with pytest.raises(UserError, match="(?s)this failed: 1 / 0 .*ZeroDivisionError"):
         bench.as_process("1 / 0")
+
+
+def test_rows_are_also_lines_of_json_where_a_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    bench.report("clip, folded", s=0.25)
+    bench.report("stream, folded", frames_per_s=22.0)
+    first, second = map(json.loads, (tmp_path / "bench.jsonl").read_text().splitlines())
+    assert first["row"] == "clip, folded" and first["s"] == 0.25 and second["frames_per_s"] == 22.0
 
 
 def test_seams_are_steps_at_borders_over_steps_elsewhere():
@@ -106,7 +103,7 @@ def test_infer_prints_its_rows(capsys):
     bench.infer(Args("infer"))
     out = capsys.readouterr().out
     assert "320x240 -> x4" in out and "infer.py, 160 frames" in out
-    assert len(re.findall("memory (?:kept|given back), turn [12]", out)) == 4
+    assert len(re.findall("memory (?:kept|given back) .* mb ", out)) == 4
 
 
 @torch.no_grad()

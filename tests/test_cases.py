@@ -16,7 +16,7 @@ import pytest
 from av.stream import Disposition
 from filelock import FileLock
 from PIL import Image, ImageCms
-from test_video import moving_clip, raw_video, times_of, with_sound, x2
+from test_video import moving_clip, raw_video, times_of, with_matrix, with_sound, x2
 
 import infer
 import segments
@@ -199,22 +199,11 @@ def test_header_counts_are_hints_and_training_takes_what_is_there(tmp_path, name
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".webm"])
 def test_a_file_that_ends_too_early_is_called_truncated(tmp_path, suffix):
-    codec = {".avi": "mjpeg", ".webm": "libvpx-vp9"}.get(suffix, "libx264")
-    pix_fmt = "yuvj420p" if suffix == ".avi" else "yuv420p"
-    options = {"movflags": "faststart", "cpu-used": "8"}
-    source = tmp_path / f"a{suffix}"
-    with av.open(
-        str(source), "w", options={"movflags": "faststart"} if suffix == ".mp4" else {}
-    ) as container:
-        stream = container.add_stream(
-            codec, rate=25, options={"cpu-used": options["cpu-used"]} if "vp9" in codec else {}
-        )
-        stream.width, stream.height, stream.pix_fmt = 64, 48, pix_fmt
-        for rgb in moving_clip(40):
-            container.mux(
-                stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(format=pix_fmt))
-            )
-        container.mux(stream.encode(None))
+    codec, pix_fmt = {".avi": ("mjpeg", "yuvj420p"), ".webm": ("libvpx-vp9", "yuv420p")}.get(
+        suffix, ("libx264", "yuv420p")
+    )
+    source, muxer = tmp_path / f"a{suffix}", {"movflags": "faststart"} if suffix == ".mp4" else {}
+    raw_video(source, moving_clip(40), codec=codec, pix_fmt=pix_fmt, muxer=muxer)
     source.write_bytes(source.read_bytes()[: source.stat().st_size * 6 // 10])
     with VideoReader(source) as reader:
         assert 5 < len(list(reader)) < 40
@@ -222,17 +211,6 @@ def test_a_file_that_ends_too_early_is_called_truncated(tmp_path, suffix):
 
 
 # --- how it is shown ----------------------------------------------------------------------------------
-
-
-def with_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
-    """This display matrix in the track's header."""
-    content = path.read_bytes()
-    place = content.index(
-        struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30), content.index(b"tkhd")
-    )
-    matrix = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
-    path.write_bytes(content[:place] + matrix + content[place + 36 :])
-    return path
 
 
 @pytest.mark.parametrize(
@@ -244,7 +222,10 @@ def test_every_turn_and_mirror_is_shown_as_players_do(tmp_path, matrix):
     stored[:16, :16] = (255, 0, 0)
     path = with_matrix(raw_video(tmp_path / "a.mp4", [stored], options={"crf": "1"}), *matrix)
     a, b, c, d = matrix
-    (shown,) = read_clip(path).astype(int)
+    with VideoReader(path) as reader:
+        (shown,) = (frame.rgb.astype(int) for frame in reader)
+        notes = ["mirrored" if a * d < b * c else "rotated"] * (matrix != (1, 0, 0, 1))
+        assert len(reader.notes) == len(notes) and all(map(str.__contains__, reader.notes, notes))
     y, x = np.mgrid[:48, :64]
     to_x, to_y = a * x + c * y, b * x + d * y  # where each pixel goes, by the definition
     expected = np.zeros((np.ptp(to_y) + 1, np.ptp(to_x) + 1, 3), int)

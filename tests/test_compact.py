@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from compact import Anchors, CompactVSR, load_anchors, warping_loss
+from memory import queue_bytes
 from perceptual import DISTS, dists_loss
 from runtime import UserError, WeightsError
-from stream import queue_bytes, stream
+from stream import stream
 
 SMALL = dict(features=8, layers=4, every=2)
 WEIGHTS = Path(__file__).parent.parent / "weights" / "realesr-general-x4v3.pth"

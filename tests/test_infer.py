@@ -25,9 +25,9 @@ from compact import CompactVSR
 from data import generator
 from dead_leaves import procedural_clip
 from jobs import jobs_for, missing_segments
+from memory import peak_gb
 from model import PRESETS, AdcVSR
 from segments import SEGMENT
-from stream import peak_gb
 from video import VideoReader, VideoWriter, read_clip, to_clip, to_frames, to_network
 
 ROOT = Path(infer.__file__).parent
@@ -417,7 +417,7 @@ def test_frames_that_are_passed_over_are_those_that_would_have_come(tmp_path, st
     for clip in (*clips, tmp_path / "moving.webp"):
         with VideoReader(clip, start) as reader:
             whole = list(reader)
-            reader.skip = 3
+            reader.first = 3
             rest = list(reader)
         assert [frame.time for frame in rest] == [frame.time for frame in whole[3:]] != []
         assert all(np.array_equal(a.rgb, b.rgb) for a, b in zip(rest, whole[3:]))
@@ -581,7 +581,7 @@ def test_memory_does_not_grow_with_the_clip(tmp_path):
 
     peaks = []
     for frames in (120, 600):
-        write_sample(clip := tmp_path / f"{frames}.mp4", frames)
+        write_sample(clip := tmp_path / f"{frames}.mp4", frames, (48, 64))
         code = "import runpy; runpy.run_path('infer.py', run_name='__main__')"
         peaks.append(as_process(code, clip)[2])
     assert peaks[1] < 1.05 * peaks[0]
@@ -667,8 +667,8 @@ def test_a_frame_that_cannot_be_read_on_the_way_is_one_line_and_no_result(tmp_pa
 
 
 def test_ctrl_c_ends_all_threads_and_keeps_the_finished_segments(tmp_path):
-    # Large enough to leave seconds between the first segment's end and the last one's.
-    clip = make_clip(tmp_path / "clip.mp4", frames=400, width=48, height=32)
+    # Long enough to leave many seconds between the first segment's end and the last one's.
+    clip = make_clip(tmp_path / "clip.mp4", frames=2000, width=48, height=32)
     parts = tmp_path / "clip_x4.mp4.parts"
     process = subprocess.Popen(command(clip), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (parts / "00000000.nut").exists() and process.poll() is None:

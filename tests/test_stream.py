@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from test_model import SMALL, Convolutions, awake, clip, distance, same_numbers_every_time  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
+from memory import Alive, peak_gb, queue_bytes
 from model import AdcVSR
 from runtime import UserError
-from stream import CONTEXT, Alive, Stream, in_halves, in_windows, peak_gb, queue_bytes, stream
+from stream import CONTEXT, Stream, in_halves, in_windows, stream
 
 
 def streamed(net: AdcVSR, lr: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from test_training import names, signals  # noqa: F401 (signals is a fixture)
 from torch import Tensor, nn
 
 import cache
+import rpgan
 import seedvr2
 import sharding
 import train_onestep
@@ -896,15 +897,16 @@ def test_memory_is_what_was_counted_and_what_cannot_fit_is_refused(tmp_path, mon
 
 def fixed_noise() -> None:
     """Draws that are the same for every clip, in whichever process it is."""
-    train_onestep.torch = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
+    stand_in = type("Torch", (), {"__getattr__": lambda self, name: getattr(torch, name)})()
+    train_onestep.torch = rpgan.torch = stand_in
 
     def pattern(x: Tensor) -> Tensor:
         one = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(7)).to(x)
         return one.expand(x.shape)
 
-    train_onestep.torch.randn_like = pattern
-    train_onestep.torch.rand = lambda n, device=None: torch.full((n,), 0.37)
-    train_onestep.torch.randint = lambda low, high, size, device=None: torch.full(size, high - 1)
+    stand_in.randn_like = pattern
+    stand_in.rand = lambda n, device=None: torch.full((n,), 0.37)
+    stand_in.randint = lambda low, high, size, device=None: torch.full(size, high - 1)
 
 
 def learnt(world, sharded: bool) -> dict[str, Tensor]:
@@ -945,7 +947,8 @@ def learnt(world, sharded: bool) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_two_processes_with_sharded_networks_learn_what_one_learns_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_onestep, "torch", torch)  # put back afterwards
+    for module in train_onestep, rpgan:
+        monkeypatch.setattr(module, "torch", torch)  # put back afterwards
     alone = learnt(WORLD, sharded=False)
     first, second = two_processes(tmp_path, learnt, True)
     assert first.keys() == alone.keys()

@@ -267,18 +267,6 @@ def test_every_so_often_and_at_the_last_step_there_is_a_checkpoint_and_a_look(tm
     assert (tmp_path / "step_000005" / "train.pt").stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_a_run_with_other_settings_is_refused_and_its_checkpoint_untouched(tmp_path):
-    cfg = replace(PIXELS, steps=1, out=str(tmp_path))
-    main(cfg)
-    before = (tmp_path / "step_000001" / "train.pt").read_bytes()
-    with pytest.raises(UserError) as error:
-        main(replace(cfg, steps=2, lr=1e-3, halve_at=()))
-    line = str(error.value)
-    assert "lr was 0.0003, now 0.001" in line and "halve_at was [2, 4], now []" in line
-    assert names(tmp_path) == ["log.jsonl", "pictures", "step_000001"]
-    assert (tmp_path / "step_000001" / "train.pt").read_bytes() == before
-
-
 def test_a_batch_that_the_processes_cannot_share_is_one_line():
     two = World(1, 2, torch.device("cpu"))
     with pytest.raises(DataError, match="2 processes cannot share a batch of 3"):

@@ -21,7 +21,7 @@ from training import (
     Run,
     Settings,
     as_saved,
-    fingerprint,
+    checksum,
     load_training_state,
     newest_checkpoint,
     parse,
@@ -455,12 +455,12 @@ def test_two_processes_begin_with_the_first_ones_weights_and_stop_when_they_come
     assert names(tmp_path / "run") == ["log.jsonl", "step_000002"]
 
 
-def test_any_bit_changes_the_fingerprint():
+def test_any_bit_changes_the_checksum():
     weights = [torch.arange(6.0).reshape(1, 1, 2, 3), torch.tensor(1.0, dtype=torch.bfloat16)]
-    one = fingerprint(weights)
-    assert one == fingerprint([weights[0].to(memory_format=torch.channels_last), weights[1]]) < 2**63
+    one = checksum(weights)
+    assert one == checksum([weights[0].to(memory_format=torch.channels_last), weights[1]]) < 2**63
     weights[0][0, 0, 1, 2] = torch.nextafter(weights[0][0, 0, 1, 2], torch.tensor(9.0))
-    assert fingerprint(weights) != one != fingerprint([weights[0], -weights[1]])
+    assert checksum(weights) != one != checksum([weights[0], -weights[1]])
 
 
 def own_folder(world: World, folder: Path) -> str:
