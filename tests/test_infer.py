@@ -667,10 +667,17 @@ def test_a_frame_that_cannot_be_read_on_the_way_is_one_line_and_no_result(tmp_pa
 
 
 def test_ctrl_c_ends_all_threads_and_keeps_the_finished_segments(tmp_path):
-    # Long enough to leave many seconds between the first segment's end and the last one's.
-    clip = make_clip(tmp_path / "clip.mp4", frames=2000, width=48, height=32)
+    # Long enough to leave seconds between the first segment's end and the last one's.
+    clip = make_clip(tmp_path / "clip.mp4", frames=400, width=48, height=32)
     parts = tmp_path / "clip_x4.mp4.parts"
-    process = subprocess.Popen(command(clip), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(clip),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Of a shell's background jobs, and so of these tests in one, the signal is ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     while not (parts / "00000000.nut").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -58,6 +58,7 @@ def join(rank: int, port: int, folder: Path, function, args: tuple) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.save(function(init_world(), *args), folder / f"{rank}.pt")
+    dist.barrier()  # gloo aborts at times where one process leaves while the other still closes a connection
     dist.destroy_process_group()
 
 
