@@ -215,8 +215,9 @@ def in_ncnn(net: CompactVSR) -> dict[str, Callable[[Tensor], Tensor]]:
         return {}
     import ncnn
 
-    # Its file of layers: type, name, inputs, outputs, their names, numbered settings. Weights are a tag for
-    # their type, 0 being float32, then the numbers; biases and slopes the numbers alone.
+    # Its file of layers: 7767517, the mark of the format; how many layers and tensors; then of each layer
+    # its type, name, inputs, outputs, their names, numbered settings. Weights are a tag
+    # for their type, 0 being float32, then the numbers; biases and slopes the numbers alone.
     layers, weights = ["Input x 0 1 x", "Split two 1 2 x y0 small"], []
     for i, layer in enumerate(net.body):
         names = f"l{i} 1 1 y{i} y{i + 1}"

@@ -52,7 +52,7 @@ class Args:
 
 RECIPE = {
     1: "--steps 300 --halve-at 200 260 --lambda-2d 0 --lambda-warp 0",
-    2: f"--steps 300 --halve-at 240 --batch 1 --lambda-2d 0 --lambda-warp 0 --init {STAGE1}",
+    2: f"--steps 300 --halve-at 240 --lambda-2d 0 --lambda-warp 0 --init {STAGE1}",
 }
 
 
