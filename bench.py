@@ -332,10 +332,21 @@ def network(args: Args) -> None:
         for part, weight in folded.items():
             part.folded = weight if fold else None
         attempt(name, partial(rung, name))
+    if ON_GPU:
+        attempt("graph", lambda: report("clip, one CUDA graph", s=seconds(recorded(partial(net, lr)), 5)))
     attempt("clip", partial(profile, "clip", partial(net, lr), 30))
     attempt("stream", partial(profile, "stream", chunk))
     for net.TAIL_FRAMES in (2, 8):
         attempt("tail", partial(rung, f"tail of {net.TAIL_FRAMES} frames"))
+
+
+def recorded(work: Callable[[], object]) -> Callable[[], None]:
+    """What work() launches, to be launched again as a whole: so the GPU waits for no CPU."""
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def in_mid_stream(net: AdcVSR, chunk: Tensor) -> Stream:
@@ -372,7 +383,7 @@ def layers(args: Args) -> None:
         for kernels.ENABLED in (False, True):
             attempt(name, partial(row, f"{name}, {'kernels' if kernels.ENABLED else 'torch'}", work, **total))
 
-    def step(net: torch.nn.Module, x: Tensor) -> None:
+    def step(net: Callable, x: Tensor) -> None:
         with torch.enable_grad(), torch.autocast(DEVICE, torch.bfloat16):
             net(x.requires_grad_()).square().mean().backward()
 
@@ -381,8 +392,9 @@ def layers(args: Args) -> None:
         x, y = picture(*size), picture(*size)
         with torch.device(DEVICE):
             norm = GroupNorm(size[1], PRESETS["full"], 1e-6)
-        rows(f"norm and SiLU of {size}", partial(kernels.norm_silu, x, norm), TB=2 * x.nbytes)
         rows(f"norm and SiLU of {size}, a step", partial(step, partial(kernels.norm_silu, norm=norm), x))
+        norm.bfloat16()
+        rows(f"norm and SiLU of {size}", partial(kernels.norm_silu, x, norm), TB=2 * x.nbytes)
         rows(f"bias and residual of {size}", partial(kernels.add_bias, y, norm.bias, x), TB=3 * x.nbytes)
     x = picture(t, 128, side // 2, side // 2)
     with torch.device(DEVICE):
@@ -395,9 +407,9 @@ def layers(args: Args) -> None:
     for name, fold in ("nearest", lambda: None), ("folded", up.fold):
         fold()
         attempt(name, partial(row, f"upsampling and convolution, {name}", partial(up, x)))
-    clip = picture(t, 240, side // 8, side // 8)[None]
-    flop = 2 * 3 * 240 * clip.numel()
-    attempt("temporal", partial(row, "temporal convolution", partial(conv, clip), TFLOP=flop))
+    for size in ((25, 240, 64, 64), (10, 240, 136, 240)) if ON_GPU else ((2, 240, 8, 8),):
+        clip = picture(*size)[None]
+        rows(f"along time, {size}", partial(conv, clip), TFLOP=2 * 3 * 240 * clip.numel())
     for n, places in ((125, 4096), (40, 32640)) if ON_GPU else ((2, 64),):  # frames times heads
         qkv = [torch.randn(1, n, places, 48, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
         for backend in ("CUDNN_ATTENTION", "FLASH_ATTENTION") if ON_GPU else ("FLASH_ATTENTION",):

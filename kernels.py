@@ -6,6 +6,7 @@ torch's own operations: each of those reads and writes the whole tensor. Here th
     norm_silu(x, norm, bias)         silu(norm(x + bias)), also backwards; group_norm: the same without SiLU
     add_bias(y, bias, shortcut)      y + bias + shortcut, or relu(y + bias)
     geglu(x)                         a * gelu(gate), also backwards
+    conv_along_time(x, ...)          a convolution along time as matrix products, without a copy
     without_bias(layer, x)           a layer's output and its bias apart, which one of the above then adds
 
 computed in float32 and rounded once, the same numbers in every run. `fused` decides whether Triton's kernels
@@ -23,6 +24,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -485,6 +487,32 @@ def geglu_gradient_rows(x, dy, dx, rows, each, C, WIDE: tl.constexpr, STEP: tl.c
 
 
 # ------------------------------------------------------------------------------------------------------
+# Convolution along time
+
+
+def conv_along_time(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """x (b t n c): at each of n positions a convolution along its t frames, kernel 3 -> (b t' n c').
+
+    As a 2D convolution over a picture of t rows and n columns: the same numbers, and no copy. On a GPU, for
+    inference, as three matrix products that add up: cuDNN has no fast kernel for so wide a picture.
+    """
+    if not fused(x, channels_axis=-1) or x.dtype != weight.dtype or tracked(x, weight, bias):
+        y = F.conv2d(channels_last(x), weight[..., None], bias, padding=(padding, 0))
+        return rearrange(y, "b c t n -> b t n c")
+    b, t, n, _ = x.shape
+    y = x.new_empty(b, t - 2 + 2 * padding, n, len(weight))
+    taps = weight.permute(2, 1, 0).contiguous()  # (3 c c')
+    order = sorted(range(3), key=lambda tap: tap != padding)  # first that which reaches all frames of y
+    for frames, out in zip(x, y):
+        for tap in order:  # frame i + tap - padding of x adds to frame i of y
+            first, last = max(0, padding - tap), min(len(out), t + padding - tap)
+            part = out[first:last].flatten(0, 1)
+            seen = frames[first + tap - padding : last + tap - padding].flatten(0, 1)
+            torch.addmm(part, seen, taps[tap], beta=float(tap != order[0]), out=part)
+    return y if bias is None else y.add_(bias)
+
+
+# ------------------------------------------------------------------------------------------------------
 # What the wrappers share
 
 
@@ -504,6 +532,15 @@ def tracked(*tensors: Tensor | None) -> bool:
 def like(x: Tensor) -> Tensor:
     """An empty tensor of x's shape (... c h w), channels-last, also where an axis has size 1."""
     return x.new_empty(x.movedim(-3, -1).shape).movedim(-1, -3)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Pictures (n h w c) -> (n c h w), dense in channels-last memory: a view where x is contiguous.
+
+    From one flat axis, `view` makes every stride anew. The stride of an axis of size 1 may be anything, and
+    for a batch of one it is often one with which PyTorch takes the picture for another layout and copies it.
+    """
+    return x.flatten().view(x.shape).permute(0, 3, 1, 2)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import (
     add_bias,
+    channels_last,
+    conv_along_time,
     fold_upsampling,
     fused,
     geglu,
@@ -79,15 +81,6 @@ def kept(channels: int) -> int:
 # Clips and their frames: in memory always "b t h w c", so that a view is all that lies between the two
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """Pictures (n h w c) -> (n c h w), dense in channels-last memory: a view where x is contiguous.
-
-    From one flat axis, `view` makes every stride anew. The stride of an axis of size 1 may be anything, and
-    for a batch of one it is often one with which PyTorch takes the picture for another layout and copies it.
-    """
-    return x.flatten().view(x.shape).permute(0, 3, 1, 2)
-
-
 def frames(clip: Tensor) -> Tensor:
     """(b t c h w) -> (b*t c h w), channels-last."""
     return channels_last(rearrange(clip, "b t c h w -> (b t) h w c"))
@@ -120,14 +113,12 @@ class TemporalConv(nn.Conv1d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         h, w = x.shape[-2:]
-        # As a 2D convolution over a picture of t rows and h*w columns: the same numbers, and no copy.
-        rows, padding = rearrange(x, "b t c h w -> b t (h w) c"), (1, 0)
+        x, padding = rearrange(x, "b t c h w -> b t (h w) c"), 1
         if self.stream:
-            rows, padding = self.stream.with_neighbours(self, rows), (0, 0)
-            if rows.shape[1] < 3:
-                return x[:, :0]  # no frame has both neighbours yet
-        y = F.conv2d(channels_last(rows), weight[..., None], bias, padding=padding)
-        return rearrange(y, "b c t (h w) -> b t c h w", h=h, w=w)
+            x, padding = self.stream.with_neighbours(self, x), 0
+        # At a stream's start nothing comes out: no frame there has both neighbours yet.
+        y = x[:, :0] if x.shape[1] + 2 * padding < 3 else conv_along_time(x, weight, bias, padding)
+        return rearrange(y, "b t (h w) c -> b t c h w", h=h, w=w)
 
 
 class Delay(nn.Module):
@@ -277,6 +268,17 @@ class SelfAttention(nn.Module):
         return self.to_out(y).view(x.shape)
 
 
+class LayerNorm(nn.LayerNorm):
+    """x (... c), computed in float32 and rounded once to x's dtype, where autocast would return float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class GEGLU(nn.Module):
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -302,9 +304,9 @@ class TransformerLayer(nn.Module):
 
     def __init__(self, channels: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = SelfAttention(channels, heads, qkv_bias=False)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor) -> Tensor:

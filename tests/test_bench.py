@@ -4,6 +4,7 @@ import json
 import re
 from functools import partial
 
+import imageio.v3 as imageio
 import pytest
 import torch
 
@@ -132,7 +133,7 @@ def test_data_prints_its_rows_of_files_too(capsys, tmp_path):
     for k in range(8):
         bench.write_sample(tmp_path / f"{k}.mp4", 8, (48, 64))
         frame = bench.procedural_clip(bench.generator(k), 1, (96, 96)).frames[0]
-        bench.imageio.imwrite(tmp_path / f"photos/{k}.png", frame)
+        imageio.imwrite(tmp_path / f"photos/{k}.png", frame)
     args = Args("data", videos=str(tmp_path), images=str(tmp_path / "photos"), clips=1)
     bench.data(args, frames=5, size=48)
     rows = "degradation", "video, cropped", "photo, cropped", "sample of stage 2", "a million names, others"

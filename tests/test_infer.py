@@ -576,15 +576,16 @@ def test_what_goes_wrong_on_the_way_is_one_line_and_leaves_no_result(tmp_path, r
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_clip(tmp_path):
-    """The peak of a process that reads, upscales, writes and joins five times as many frames."""
+    """The peak of a process that reads, upscales, writes and joins ten times as many frames. Memory that is
+    kept wavers by a twelfth; frames of 192x256 held to the end would be a fifth more."""
     from bench import as_process, write_sample
 
     peaks = []
-    for frames in (120, 600):
+    for frames in (120, 1200):
         write_sample(clip := tmp_path / f"{frames}.mp4", frames, (48, 64))
         code = "import runpy; runpy.run_path('infer.py', run_name='__main__')"
         peaks.append(as_process(code, clip)[2])
-    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[1] < 1.14 * peaks[0]
 
 
 # --- colour, windows, memory ---------------------------------------------------------------------------

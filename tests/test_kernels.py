@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import (
     add_bias,
+    conv_along_time,
     fold_upsampling,
     fused,
     geglu,
@@ -323,6 +324,23 @@ def test_a_layer_without_its_bias_and_the_bias_added_are_the_layer():
     assert (bias is not None) == fused(x)
     assert error(add_bias(y, bias), conv(x)) < 2e-6
     assert without_bias(nn.Conv2d(8, 4, 1, bias=False, device=DEVICE), x)[1] is None
+
+
+# ------------------------------------------------------------------------------------------------------
+# Along time
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("t, padding", [(1, 1), (2, 1), (5, 1), (3, 0), (6, 0)])
+def test_a_convolution_along_time_equals_conv1d_at_every_position(t, padding, bias, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    conv = nn.Conv1d(24, 16, 3, padding=padding, bias=bias).to(DEVICE).requires_grad_(False)
+    x = torch.randn(2, t, 7, 24, device=DEVICE)
+    expected = conv(x.permute(0, 2, 3, 1).flatten(0, 1)).unflatten(0, (2, 7)).permute(0, 3, 1, 2)
+    y = conv_along_time(x, conv.weight, conv.bias, padding)
+    assert y.shape == (2, t - 2 + 2 * padding, 7, 16) and error(y, expected) < 2e-6
+    tracked = conv_along_time(x, conv.weight.requires_grad_(), conv.bias, padding)
+    assert tracked.requires_grad and error(tracked.detach(), expected) < 2e-6
 
 
 # ------------------------------------------------------------------------------------------------------

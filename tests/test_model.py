@@ -47,8 +47,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def same_numbers_every_time(monkeypatch):
-    """Of one seed, on the GPU where there is one, and there in all of float32's bits."""
+    """Of one seed, on the GPU where there is one, and there in all of float32's bits and in one order."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(0)
     with torch.device(DEVICE):
         yield
@@ -479,7 +480,8 @@ def test_a_folded_network_is_the_same_and_its_file_too(tmp_path):
 def test_a_network_for_inference_is_frozen_and_the_same_up_to_rounding():
     net, lr = awake(AdcVSR(**UNEVEN)), clip()
     before = net(lr)
-    assert distance(net.for_inference(torch.float32)(lr), before) < 2e-5
+    # On a GPU upsampling, folded, is another convolution, and cuDNN's are exact to some 1e-5.
+    assert distance(net.for_inference(torch.float32)(lr), before) < (2e-5 if DEVICE == "cpu" else 2e-4)
     assert not any(p.requires_grad for p in net.parameters()) and not net.training
     assert net.for_inference(torch.bfloat16)(lr).isfinite().all()
 
